@@ -1,0 +1,93 @@
+# `make` lists the targets. Everything runs from a fresh clone: each target installs what it needs first.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+UV := $(VENV)/bin/uv
+UV_VERSION := 0.13.9
+SOURCES := operator trainer_image dev tests
+export PYTHONPATH := dev
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(VENV)/.installed ## Make .venv with every dependency and the qlora command
+
+$(VENV)/.installed: requirements/dev.txt pyproject.toml
+	@echo "==> Installing the Python environment into $(VENV) (about 5 GB the first time)"
+	test -x $(PYTHON) || python3.11 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet uv==$(UV_VERSION)
+	$(UV) pip install --quiet --python $(PYTHON) --requirement requirements/dev.txt
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
+	@touch $@
+
+.PHONY: cluster-up
+cluster-up: setup ## Start the local Kubernetes, S3, Prometheus and the operator; needs root on Debian
+	$(PYTHON) -m cluster up
+	$(PYTHON) -m demo install
+	.cluster/bin/kubectl --kubeconfig .cluster/kubeconfig get nodes
+
+.PHONY: cluster-down
+cluster-down: ## Stop the local cluster and leave nothing behind
+	@if [ -x $(PYTHON) ]; then $(PYTHON) -m cluster down; else PYTHONPATH=dev python3.11 -m cluster down; fi
+
+.PHONY: demo
+ifdef KUBECONFIG
+demo: setup ## Fine-tune SmolLM2 on a real cluster into S3 (KUBECONFIG=... for your own)
+	$(PYTHON) -m demo install
+	$(PYTHON) -m demo run
+else
+demo: cluster-up
+	$(PYTHON) -m demo run
+endif
+
+.PHONY: test
+test: cluster-up ## Run every test a CPU machine can run, on the real local cluster too
+	$(PYTHON) -m pytest
+
+.PHONY: test-unit
+test-unit: setup ## Run the tests that need no cluster
+	$(PYTHON) -m pytest tests/unit tests/golden
+
+.PHONY: verify
+verify: setup cluster-tools ## Check format, lint, types, import contracts, generated files, chart and metrics
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/mypy
+	PYTHONPATH=operator:trainer_image $(VENV)/bin/lint-imports
+	$(PYTHON) -m qlorajob.crd --check
+	.cluster/bin/helm lint --strict charts/qlora-operator
+	$(PYTHON) -m demo verify-metrics
+
+.PHONY: cluster-tools
+cluster-tools: setup
+	@$(PYTHON) -m cluster tools
+
+.PHONY: format
+format: setup ## Format and fix what can be fixed
+	$(VENV)/bin/ruff format $(SOURCES)
+	$(VENV)/bin/ruff check --fix $(SOURCES)
+
+.PHONY: generate
+generate: setup ## Make crds/, the chart's copy and the reference from the models
+	$(PYTHON) -m qlorajob.crd
+
+.PHONY: lock
+lock: setup ## Pin requirements/*.txt anew from requirements/*.in
+	$(UV) pip compile --quiet --python-version 3.11 --no-header --no-annotate --no-emit-index-url requirements/dev.in -o requirements/dev.txt
+	for set in operator trainer; do \
+	  $(UV) pip compile --quiet --python-version 3.11 --no-header --no-annotate --no-emit-index-url \
+	    requirements/$$set.in -c requirements/dev.txt -o requirements/$$set.txt; done
+
+.PHONY: images
+images: setup ## Build the operator and trainer images with buildah and load them into the local cluster
+	$(PYTHON) -m cluster images
+
+.PHONY: clean
+clean: cluster-down ## Remove everything that was built here
+	rm -rf $(VENV) .cluster build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
