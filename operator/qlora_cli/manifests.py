@@ -1,0 +1,38 @@
+"""Read a QLoRAJob from a YAML file, with the API server's rules plus `file://` URIs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from qlorajob.errors import ExitCode
+from qlorajob.names import KIND
+from qlorajob.resource import InvalidManifest, QLoRAJob, parse
+
+
+class ManifestError(Exception):
+    """The manifest can't be run as it is; the message says why, line by line."""
+
+    exit_code = int(ExitCode.INVALID)
+
+
+def load_manifest(path: Path) -> QLoRAJob:
+    """The one QLoRAJob in `path`.
+
+    Raises:
+        ManifestError: not YAML, no or several QLoRAJobs, or fields that are wrong.
+    """
+    try:
+        documents: list[Any] = [doc for doc in YAML(typ="safe", pure=True).load_all(path) if doc is not None]
+    except YAMLError as error:
+        raise ManifestError(f"{path} is not valid YAML: {error}") from None
+    jobs = [doc for doc in documents if isinstance(doc, dict) and doc.get("kind") == KIND]
+    if len(jobs) != 1:
+        raise ManifestError(f"{path} holds {len(jobs)} {KIND} manifests; it must hold exactly one")
+    try:
+        return parse(jobs[0], local=True)
+    except InvalidManifest as error:
+        raise ManifestError(f"{path} is not a valid {KIND}:\n{error}") from None

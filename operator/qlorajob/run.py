@@ -1,0 +1,79 @@
+"""What the operator hands to a trainer pod (RunConfig) and what the pod hands back (RunReport)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field
+
+from qlorajob.base import ContractModel
+from qlorajob.errors import ExitCode, Reason
+from qlorajob.names import REPORT_MAX_BYTES
+from qlorajob.plan import Plan
+from qlorajob.spec import QLoRAJobSpec
+from qlorajob.status import Artifacts, MemoryStatus, Prepared, Progress
+
+Step = Literal["prepare", "train", "merge"]
+
+
+class RunConfig(ContractModel):
+    """Everything a step needs, in one environment variable. It holds no secret: those are references in the pod."""
+
+    namespace: str
+    """Namespace of the QLoRAJob; "" for `qlora run`."""
+    name: str
+    """Name of the QLoRAJob."""
+    image: str = ""
+    """Trainer image, for the provenance."""
+    allow_remote_code: bool = False
+    """The operator's policy on model.trustRemoteCode."""
+    key: str
+    """identity.prepare_key(spec)."""
+    spec: QLoRAJobSpec
+    """The manifest's spec, defaults filled in."""
+    prepared: Prepared | None = None
+    """What prepare found out (train and merge)."""
+    plan: Plan | None = None
+    """The VRAM plan (train)."""
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Parse what the operator or `qlora run` wrote. Raises pydantic.ValidationError."""
+        return cls.model_validate_json(text, context={"local": True})
+
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True, exclude_none=True)
+
+
+class RunReport(ContractModel):
+    """How a step ended: the container's termination message."""
+
+    step: Step
+    """prepare, train or merge."""
+    exit_code: ExitCode
+    """The process's exit code."""
+    reason: Reason
+    """CamelCase word for programs."""
+    message: str = ""
+    """Sentence for people: what happened and what to do."""
+    field: str | None = None
+    """Field of the spec that is to blame, without `spec.`."""
+    prepared: Prepared | None = None
+    """Result of prepare."""
+    progress: Progress | None = None
+    """Last progress of train."""
+    memory: MemoryStatus | None = None
+    """Peak memory of train."""
+    artifacts: Artifacts | None = None
+    """What train or merge left in S3."""
+    promoted: Annotated[bool | None, Field()] = None
+    """Whether the adapter passed evaluation.gate; None without a gate."""
+
+    def to_json(self) -> str:
+        """At most REPORT_MAX_BYTES long: the message is cut, nothing else is long."""
+        text = self.model_dump_json(by_alias=True, exclude_none=True)
+        excess = len(text.encode()) - REPORT_MAX_BYTES
+        if excess <= 0:
+            return text
+        kept = self.message.encode()[: max(0, len(self.message.encode()) - excess - 64)].decode(errors="ignore")
+        return self.model_copy(update={"message": kept + "…"}).model_dump_json(by_alias=True, exclude_none=True)

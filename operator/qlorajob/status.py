@@ -1,0 +1,194 @@
+"""What the operator writes under `status:`, and the pieces of it that the trainer reports."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, Field
+
+from qlorajob.base import ContractModel
+from qlorajob.plan import ModelFacts, Plan
+
+
+class Phase(StrEnum):
+    """One word on where the job is. For people; programs read the conditions."""
+
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    QUEUED = "Queued"
+    TRAINING = "Training"
+    MERGING = "Merging"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    SUSPENDED = "Suspended"
+
+
+ConditionType = Literal[
+    "Ready", "Reconciling", "Stalled", "Complete", "Failed", "Finished", "Suspended", "Prepared", "Promoted"
+]
+
+
+class Condition(ContractModel):
+    """A condition as in metav1.Condition."""
+
+    type: ConditionType
+    """Name of the condition."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: Annotated[str, Field(min_length=1, max_length=1024)]
+    """CamelCase word for programs."""
+    message: Annotated[str, Field(max_length=32768)] = ""
+    """Sentence for people."""
+    last_transition_time: AwareDatetime
+    """When status last changed."""
+    observed_generation: int = 0
+    """metadata.generation that this was true for."""
+
+
+class RunStatus(ContractModel):
+    """The run that the current spec asks for."""
+
+    id: str
+    """Digest of everything that changes the result."""
+    attempt: Annotated[int, Field(ge=0)] = 0
+    """Training Jobs created for this run so far."""
+    started_at: AwareDatetime | None = None
+    """When the first training Job was created."""
+    finished_at: AwareDatetime | None = None
+    """When the run ended."""
+
+
+class Progress(ContractModel):
+    """Where training is. Served by the trainer on /progress and copied into the status."""
+
+    step: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps done."""
+    total_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps to do."""
+    epoch: float = 0.0
+    """Passes over the data done."""
+    loss: float | None = None
+    """Training loss, mean over the last logging interval."""
+    first_loss: float | None = None
+    """Training loss of the first logging interval."""
+    eval_loss: float | None = None
+    """Validation loss of the tuned model."""
+    base_eval_loss: float | None = None
+    """Validation loss of the base model."""
+    tokens_per_second: float | None = None
+    """Training tokens a second, without padding."""
+    eta_seconds: int | None = None
+    """Estimated time to the last step."""
+    updated_at: AwareDatetime | None = None
+    """When the trainer said this."""
+
+
+class MemoryStatus(ContractModel):
+    """Predicted and measured memory of one GPU (of the process on CPU)."""
+
+    peak_bytes: int | None = None
+    """Measured peak."""
+    predicted_bytes: int | None = None
+    """What the plan predicted."""
+
+
+class Artifact(ContractModel):
+    """A result in S3."""
+
+    uri: str
+    """Where it is."""
+    digest: str | None = None
+    """sha256: and the SHA-256 of the artifact's files, as the manifest lists them."""
+    bytes: int | None = None
+    """Size of all its files."""
+
+
+class Artifacts(ContractModel):
+    """What a run left in S3."""
+
+    adapter: Artifact | None = None
+    """The LoRA adapter, in PEFT's layout."""
+    merged: Artifact | None = None
+    """The merged model, in transformers' layout."""
+    gguf: Artifact | None = None
+    """The merged model for llama.cpp."""
+    report: Artifact | None = None
+    """report.json."""
+
+
+class Prepared(ContractModel):
+    """What `prepare` found out: identity of the inputs and size of the work."""
+
+    key: str
+    """Digest of the spec fields that prepare looked at."""
+    run_id: str
+    """Digest of everything that changes the result."""
+    model_revision: str
+    """Commit of a hub repository, or digest of the weight files."""
+    dataset_digest: str
+    """Digest of the training and validation data."""
+    train_rows: int
+    """Rows to train on, after filter and split."""
+    validation_rows: int = 0
+    """Held-out rows."""
+    dropped_rows: int = 0
+    """Rows that the filter dropped or that were empty."""
+    train_tokens: int
+    """Tokens of one pass over the training rows."""
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    facts: ModelFacts
+    """Facts of the model."""
+    artifacts: Artifacts | None = None
+    """Set when the finished run is already in S3: nothing is left to train."""
+    promoted: bool | None = None
+    """Whether that finished run passed its gate."""
+
+
+class HistoryEntry(ContractModel):
+    """An earlier run of this job."""
+
+    id: str
+    """Run id."""
+    outcome: Literal["Succeeded", "Failed", "Replaced"]
+    """How it ended; Replaced when the spec changed before its end."""
+    finished_at: AwareDatetime | None = None
+    """When it ended."""
+    loss: float | None = None
+    """Last training loss."""
+    eval_loss: float | None = None
+    """Last validation loss."""
+    adapter: str | None = None
+    """Where its adapter is."""
+
+
+class QLoRAJobStatus(ContractModel):
+    """The observed state of a QLoRAJob."""
+
+    observed_generation: int = -1
+    """metadata.generation that this status describes; -1 until the operator has seen the job."""
+    phase: Phase | None = None
+    """One word on where the job is."""
+    conditions: tuple[Condition, ...] = ()
+    """Ready, Reconciling, Stalled, Complete, Failed, Finished, Suspended, Prepared, Promoted."""
+    run: RunStatus | None = None
+    """The run that the current spec asks for."""
+    prepared: Prepared | None = None
+    """What the prepare step found out."""
+    plan: Plan | None = None
+    """How the run uses the hardware, and why."""
+    progress: Progress | None = None
+    """Where training is."""
+    memory: MemoryStatus | None = None
+    """Predicted and measured memory."""
+    artifacts: Artifacts | None = None
+    """What is in S3."""
+    history: tuple[HistoryEntry, ...] = ()
+    """The last runs of earlier specs, newest first."""
+    failed_generation: int | None = None
+    """metadata.generation that failed; an edit of the spec tries again."""
+    handled_retry_at: str | None = None
+    """Last value of the annotation qlora.dev/retry-at that was acted on."""
+    attempts: dict[str, int] = {}
+    """Jobs created so far, by step, for the current inputs."""
