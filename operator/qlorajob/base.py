@@ -6,18 +6,14 @@ Python predicate (for `qlora run` and the operator), so the CRD and the models c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic.alias_generators import to_camel
-from pydantic_core import PydanticCustomError
-
-if TYPE_CHECKING:  # importing pydantic.json_schema costs 20 ms, and only the CRD generator needs it
-    from pydantic import GetJsonSchemaHandler
-    from pydantic.json_schema import JsonSchemaValue
-    from pydantic_core import CoreSchema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ class Rule:
 class ContractModel(BaseModel):
     """Base of every model that crosses a process boundary: status, run config, report, manifest.
 
-    The docstring under a field is its description: `qlorajob.crd` reads it from the source.
+    The docstring below a field is its description; `qlorajob.crd` reads it from the source, to keep imports fast.
     """
 
     model_config = ConfigDict(
@@ -65,7 +61,7 @@ class SpecModel(ContractModel):
     @classmethod
     def _prune_nulls(cls, value: Any) -> Any:
         """The API server prunes nulls before defaulting, so `maxSteps: null` means "not set" here too."""
-        return prune_nulls(value)
+        return prune_nulls(value, {field.alias for field in cls.model_fields.values()})
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
@@ -82,11 +78,21 @@ class SpecModel(ContractModel):
         return schema
 
 
-def prune_nulls(value: Any) -> Any:
-    """A mapping without its null entries; anything else as it is."""
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, Mapping) else value
+def prune_nulls(value: Any, keys: Container[str | None] | None = None) -> Any:
+    """A mapping without its null entries (of `keys`, if given: an unknown field stays one); else the value as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: item for key, item in value.items() if item is not None or (keys is not None and key not in keys)}
 
 
 def refuse(message: str) -> PydanticCustomError:
     """The error with which a validator refuses a value; users read `message` as it stands."""
     return PydanticCustomError("qlora", "{message}", {"message": message})
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a field's type mentions: X of `X`, `X | None` and `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from models_in(argument)

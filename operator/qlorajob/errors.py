@@ -49,7 +49,7 @@ class Reason(StrEnum):
     BUCKET_NOT_FOUND = "BucketNotFound"
     ACCESS_DENIED = "AccessDenied"
     CREDENTIALS_MISSING = "CredentialsMissing"
-    SECRET_NOT_FOUND = "SecretNotFound"
+    SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 (a reason)
     CLAIM_NOT_FOUND = "ClaimNotFound"
     CONFIG_MAP_NOT_FOUND = "ConfigMapNotFound"
     # The world is in the way
@@ -58,6 +58,8 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "OutOfMemory"
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     UNSCHEDULABLE = "Unschedulable"
+    POD_CREATION_FAILED = "PodCreationFailed"
+    VOLUME_NOT_READY = "VolumeNotReady"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
     INTERNAL_ERROR = "InternalError"

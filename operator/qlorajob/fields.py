@@ -10,17 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo
-from pydantic_core import core_schema
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 
 from qlorajob.base import prune_nulls, refuse
-
-if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-    from pydantic.json_schema import JsonSchemaValue
-    from pydantic_core import CoreSchema
 
 VALIDATIONS = "x-kubernetes-validations"
 
@@ -42,7 +38,7 @@ def _with_rule(schema: JsonSchemaValue, rule: str, message: str) -> JsonSchemaVa
 class Matches:
     """A string must match `pattern` (RE2 syntax, searched), else the user reads `message`.
 
-    `local_pattern` replaces it under the validation context `{"local": True}`, that is for `qlora run`. With
+    `local_pattern` is allowed too under the validation context `{"local": True}`, that is for `qlora run`. With
     `never`, the string must not match.
     """
 
@@ -52,13 +48,16 @@ class Matches:
     never: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        cluster, local = _compile(self.pattern), _compile(self.local_pattern or self.pattern)
+        pattern, local_pattern = _compile(self.pattern), self.local_pattern and _compile(self.local_pattern)
 
         def check(value: str, info: ValidationInfo) -> str:
-            allowed = local if (info.context or {}).get("local") else cluster
-            if bool(allowed.search(value)) == self.never:
-                raise refuse(self.message)
-            return value
+            if bool(pattern.search(value)) != self.never:
+                return value
+            if local_pattern and (info.context or {}).get("local"):
+                if local_pattern.search(value):
+                    return value
+                raise refuse(f"{self.message}; or file:///path, in a local run")
+            raise refuse(self.message)
 
         return core_schema.with_info_after_validator_function(check, handler(source))
 
@@ -92,27 +91,32 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """An integer in [minimum, maximum]. JSON has one number type: the API server takes 3.0, so the models do too."""
+    """An integer in [minimum, maximum]. JSON has one number type: the API server takes 3.0, so the models do too.
+
+    A number that a rule across fields reads is `exact`: the API server can't give 3.0 to CEL as an integer.
+    """
 
     minimum: int
     maximum: int
+    exact: bool = False
 
-    def parse(self, value: Any) -> int | None:
-        """The integer that `value` stands for, if it is one and in range."""
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        return value if _is_int(value) and self.minimum <= value <= self.maximum else None
+    @property
+    def message(self) -> str:
+        return f"must be an integer from {self.minimum} to {self.maximum}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def check(value: Any) -> int:
-            if (number := self.parse(value)) is None:
-                raise refuse(f"must be an integer from {self.minimum} to {self.maximum}")
-            return number
+            if isinstance(value, float) and value.is_integer() and not self.exact:
+                value = int(value)
+            if _is_int(value) and self.minimum <= value <= self.maximum:
+                return int(value)
+            raise refuse(self.message)
 
         return core_schema.no_info_plain_validator_function(check)
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
+        schema = {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
+        return _with_rule(schema, f"self >= {self.minimum}", self.message) if self.exact else schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +147,7 @@ class BetweenOrAuto:
 
 @dataclass(frozen=True, slots=True)
 class QuantityOrAuto:
-    """`auto` or a Kubernetes quantity (2, 500m, 16Gi): `x-kubernetes-int-or-string` in the CRD. Always a string here."""
+    """`auto` or a Kubernetes quantity (2, 500m, 16Gi): `x-kubernetes-int-or-string` in the CRD, a string here."""
 
     PATTERN = r"^(auto|[0-9]{1,12}(\.[0-9]{1,9})?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?)$"
     MESSAGE = "must be auto or a Kubernetes quantity such as 500m, 4 or 16Gi"
@@ -195,20 +199,17 @@ class TargetModules:
         return core_schema.no_info_plain_validator_function(check)
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        only_strings_and_arrays = {
+        return {
             "x-kubernetes-preserve-unknown-fields": True,
-            "not": {"enum": [True, False, None]},
+            "pattern": "^(all-linear|default)$|$.^ or a list of module names: [q_proj, v_proj]",  # the user reads it
+            "minItems": 1,
+            "maxItems": self.MAX_ITEMS,
+            "items": {"type": "string", "pattern": self.NAME},
+            "not": {"enum": [True, False]},
             "minimum": 1,
             "maximum": 0,
             "minProperties": 1,
             "maxProperties": 0,
-        }
-        item = only_strings_and_arrays | {"pattern": self.NAME, "minItems": 1, "maxItems": 0}
-        return only_strings_and_arrays | {
-            "pattern": "^(all-linear|default)$",
-            "minItems": 1,
-            "maxItems": self.MAX_ITEMS,
-            "items": item,
         }
 
 
@@ -218,8 +219,10 @@ class BoolOrAuto:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def check(value: Any) -> bool | str:
-            if isinstance(value, bool) or value == "auto":
+            if isinstance(value, bool):
                 return value
+            if value == "auto":
+                return "auto"
             raise refuse("must be auto, true or false")
 
         return core_schema.no_info_plain_validator_function(check)
@@ -237,7 +240,7 @@ _BUCKET = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 _S3 = rf"{_BUCKET}(/{_PATH})?"
 _PVC = rf"pvc://{_NAME}(/{_PATH})?"
 _CONFIGMAP = rf"configmap://{_NAME}/[-._a-zA-Z0-9]+"
-_FILE = rf"file:///{_PATH}"
+_FILE = rf"^file:///{_PATH}$"
 _PLAIN_PATH = r"[A-Za-z0-9!&()*+,./:;=@_~-]+"
 
 
@@ -252,7 +255,7 @@ ModelUri = Annotated[
     Matches(
         _one_of(_HF, _S3, _PVC),
         "must be hf://organisation/name[@revision], s3://bucket/path or pvc://claim/path",
-        local_pattern=_one_of(_HF, _S3, _PVC, _FILE),
+        local_pattern=_FILE,
     ),
 ]
 DatasetUri = Annotated[
@@ -260,7 +263,7 @@ DatasetUri = Annotated[
     Matches(
         _one_of(_HF, _S3, _PVC, _CONFIGMAP),
         "must be hf://organisation/name[@revision], s3://bucket/path, pvc://claim/path or configmap://name/key",
-        local_pattern=_one_of(_HF, _S3, _PVC, _CONFIGMAP, _FILE),
+        local_pattern=_FILE,
     ),
 ]
 OutputUri = Annotated[
@@ -270,7 +273,7 @@ OutputUri = Annotated[
     Matches(
         _one_of(rf"{_BUCKET}(/{_PLAIN_PATH})?"),
         "must be s3://bucket/prefix, in ASCII letters, digits and !&()*+,./:;=@_~-",
-        local_pattern=_one_of(rf"{_BUCKET}(/{_PLAIN_PATH})?", _FILE),
+        local_pattern=_FILE,
     ),
 ]
 Endpoint = Annotated[
@@ -301,7 +304,9 @@ LabelMap = Annotated[
     Mapping[
         str,
         Annotated[
-            str, Field(max_length=63), Matches(rf"^({_LABEL})?$", "must be a label value: letters, digits, '-', '_', '.'")
+            str,
+            Field(max_length=63),
+            Matches(rf"^({_LABEL})?$", "must be a label value: letters, digits, '-', '_', '.'"),
         ],
     ],
     Field(max_length=16),
@@ -313,17 +318,23 @@ SecretKey = Annotated[
     Matches(r"^[-._a-zA-Z0-9]+$", "must be a key of a Secret: letters, digits, '-', '_' and '.'"),
 ]
 Line = Annotated[
-    str, Field(min_length=1, max_length=128), Matches(r"^[^\x00-\x1f\x7f]+$", "must not hold control characters")
+    str, Field(min_length=1, max_length=128), Matches(r"^[^\x00-\x1f\x7f]*$", "must not hold control characters")
 ]
 """A name within a dataset: a column, a split."""
 Text = Annotated[
     str,
     Field(min_length=1, max_length=4096),
-    Matches(r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]+$", "must not hold control characters other than tab and newline"),
+    Matches(r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$", "must not hold control characters other than tab and newline"),
 ]
 """Text of several lines: a prompt, a template."""
 ColumnFilter = Annotated[
-    Mapping[str, Annotated[str, Field(max_length=256), Matches(r"^[^\x00-\x1f\x7f]*$", "must not hold control characters")]],
+    Mapping[
+        str, Annotated[str, Field(max_length=256), Matches(r"^[^\x00-\x1f\x7f]*$", "must not hold control characters")]
+    ],
     Field(max_length=16),
-    Keys(r"^[^\x00-\x1f\x7f]+$", 128, "each key must be the name of a column: 1 to 128 characters, none a control character"),
+    Keys(
+        r"^[^\x00-\x1f\x7f]+$",
+        128,
+        "each key must be the name of a column: 1 to 128 characters, none a control character",
+    ),
 ]

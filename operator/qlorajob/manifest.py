@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import AwareDatetime, Field
 
 from qlorajob.base import ContractModel
+from qlorajob.identity import digest
 from qlorajob.status import Artifacts, MemoryStatus, Progress
 
 MANIFEST = "manifest.json"
@@ -24,6 +26,11 @@ class ManifestFile(ContractModel):
     """Size."""
     sha256: str
     """Hex digest of the content."""
+
+
+def files_digest(files: Iterable[ManifestFile]) -> str:
+    """Digest of an artifact: of its files' paths, sizes and digests, in order of path."""
+    return "sha256:" + digest([file.to_wire() for file in sorted(files, key=lambda file: file.path)])
 
 
 class Provenance(ContractModel):

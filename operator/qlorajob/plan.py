@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from qlorajob.base import ContractModel
 class ModelFacts(ContractModel):
     """What the planner needs to know of a model; read by `prepare` from its config, without loading weights."""
 
-    model_type: str
+    model_type: Annotated[str, Field(max_length=64)]
     """transformers' model type, such as llama."""
     parameters: Annotated[int, Field(ge=0)]
     """Parameters of the base model."""
@@ -48,7 +49,7 @@ class Plan(ContractModel):
     """Memory that a node's GPU must have, in MiB, as `nvidia.com/gpu.memory` counts it; 0 on CPU."""
     predicted_peak_bytes: Annotated[int, Field(ge=0)]
     """Predicted peak of memory used on each GPU (host memory on CPU)."""
-    breakdown: dict[str, int] = {}
+    breakdown: Mapping[str, int] = Field(default={})
     """Components of the prediction, in bytes."""
     micro_batch_size: Annotated[int, Field(ge=1)]
     """Rows that go through one GPU at once."""

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from qlorajob.base import ContractModel, prune_nulls
-from qlorajob.names import GROUP, KIND, VERSION
+from qlorajob.base import ContractModel, models_in, prune_nulls, refuse
 from qlorajob.spec import QLoRAJobSpec
 from qlorajob.status import QLoRAJobStatus
 
@@ -41,14 +40,19 @@ class Metadata(ContractModel):
 
 def _status(value: Any) -> Any:
     """Fields that another version of the operator wrote are dropped, as the API server does on its next write."""
-    return QLoRAJobStatus.model_validate(prune_nulls(value), extra="ignore") if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return QLoRAJobStatus.model_validate(prune_nulls(value), extra="ignore")
+    except ValidationError as error:
+        raise refuse("; ".join(_explain(error))) from None
 
 
 class QLoRAJob(ContractModel):
     """A QLoRAJob as the API server stores it: parsed once, frozen after."""
 
-    api_version: Literal["qlora.dev/v1alpha1"] = f"{GROUP}/{VERSION}"
-    kind: Literal["QLoRAJob"] = KIND
+    api_version: Literal["qlora.dev/v1alpha1"] = "qlora.dev/v1alpha1"
+    kind: Literal["QLoRAJob"] = "QLoRAJob"
     metadata: Metadata
     spec: QLoRAJobSpec
     status: Annotated[QLoRAJobStatus, BeforeValidator(_status)] = QLoRAJobStatus()
@@ -79,7 +83,7 @@ MESSAGES = {
     "missing": "is required",
     "bool_type": "must be true or false, not {input}",
     "float_type": "must be a number, not {input}",
-    "string_type": "must be a string, not {input}: put it in quotes",
+    "string_type": "must be a string, not {input}",
     "literal_error": "must be {expected}, not {input}",
     "greater_than": "must be greater than {gt:g}, not {input}",
     "greater_than_equal": "must be at least {ge:g}, not {input}",
@@ -102,8 +106,15 @@ def _message(detail: ErrorDetails) -> str:
         return f"unknown field{_suggestion(detail['loc'])}"
     template = MESSAGES.get(detail["type"])
     if template is None:
-        return detail["msg"]
-    return template.format(input=_shown(detail["input"]), **detail.get("ctx", {}))
+        given = detail["input"]  # a string may hold a credential
+        echo = detail["type"] == "qlora" and _is_scalar(given) and not isinstance(given, str)
+        return f"{detail['msg']}, not {_shown(given)}" if echo else detail["msg"]
+    quotes = ": put it in quotes" if template == MESSAGES["string_type"] and _is_scalar(detail["input"]) else ""
+    return template.format(input=_shown(detail["input"]), **detail.get("ctx", {})) + quotes
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is not None and not isinstance(value, Mapping | list | tuple)
 
 
 def _shown(value: Any) -> str:
@@ -112,6 +123,8 @@ def _shown(value: Any) -> str:
         return "fields"
     if isinstance(value, list | tuple):
         return "a list"
+    if value is None:
+        return "null"
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -129,11 +142,4 @@ def _suggestion(location: tuple[int | str, ...]) -> str:
 
 def _submodel(model: type[BaseModel], alias: str) -> type[BaseModel] | None:
     field = next((field for field in model.model_fields.values() if field.alias == alias), None)
-    return next(_models_in(field.annotation), None) if field else None
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _models_in(argument)
+    return next(models_in(field.annotation), None) if field else None

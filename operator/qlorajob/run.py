@@ -56,7 +56,7 @@ class RunReport(ContractModel):
     """CamelCase word for programs."""
     message: str = ""
     """Sentence for people: what happened and what to do."""
-    field: str | None = None
+    field: Annotated[str | None, Field(max_length=128)] = None
     """Field of the spec that is to blame, without `spec.`."""
     prepared: Prepared | None = None
     """Result of prepare."""
@@ -66,14 +66,27 @@ class RunReport(ContractModel):
     """Peak memory of train."""
     artifacts: Artifacts | None = None
     """What train or merge left in S3."""
-    promoted: Annotated[bool | None, Field()] = None
+    promoted: bool | None = None
     """Whether the adapter passed evaluation.gate; None without a gate."""
 
     def to_json(self) -> str:
-        """At most REPORT_MAX_BYTES long: the message is cut, nothing else is long."""
-        text = self.model_dump_json(by_alias=True, exclude_none=True)
-        excess = len(text.encode()) - REPORT_MAX_BYTES
-        if excess <= 0:
-            return text
-        kept = self.message.encode()[: max(0, len(self.message.encode()) - excess - 64)].decode(errors="ignore")
-        return self.model_copy(update={"message": kept + "…"}).model_dump_json(by_alias=True, exclude_none=True)
+        """At most REPORT_MAX_BYTES long: the message is cut, then what the pod also serves or stored is left out."""
+        report = self
+        for left_out in ((), ("progress", "memory"), ("prepared", "artifacts")):
+            report = report.model_copy(update=dict.fromkeys(left_out))
+            message = self.message
+            while True:
+                text = report.model_copy(update={"message": message}).model_dump_json(by_alias=True, exclude_none=True)
+                if len(text.encode()) <= REPORT_MAX_BYTES:
+                    return text
+                if not message:
+                    break
+                message = _shorter(message)
+        raise AssertionError("only names and numbers are left, and those are short")
+
+
+def _shorter(message: str) -> str:
+    """The message with its end cut off, by a tenth or to what could fit at all; "" after "…"."""
+    kept = message.removesuffix("…")
+    kept = kept[: min(REPORT_MAX_BYTES, len(kept) * 9 // 10)]
+    return f"{kept}…" if kept else ""

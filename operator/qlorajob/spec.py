@@ -86,7 +86,7 @@ class ValidationSpec(SpecModel):
     RULES: ClassVar = (
         Rule(
             cel="has(self.fraction) != (has(self.uri) || has(self.split))",
-            message="dataset.validation needs either fraction, or uri and/or split, not both",
+            message="set either fraction, or uri and/or split",
             holds=lambda v: (v.fraction is not None) != (v.uri is not None or v.split is not None),
         ),
     )
@@ -112,7 +112,7 @@ class DatasetSpec(SpecModel):
     """Names of the columns, where they aren't the usual ones."""
     template: Text = "alpaca"
     """Prompt of instruction rows: alpaca, alpaca-zh, or a Jinja template over instruction, input and output."""
-    filter: ColumnFilter = {}
+    filter: ColumnFilter = Field(default={})
     """Keep only the rows whose column has this value, for example {gold_label: contradiction}."""
     validation: ValidationSpec | None = None
     """Held-out rows. Without them there is no validation loss."""
@@ -154,7 +154,8 @@ class TrainingSpec(SpecModel):
             holds=lambda t: t.epochs is None or t.max_steps is None,
         ),
         Rule(
-            cel="type(self.microBatchSize) != int || self.globalBatchSize % int(self.microBatchSize) == 0",
+            cel="type(self.microBatchSize) != int || int(self.microBatchSize) < 1"
+            " || self.globalBatchSize % int(self.microBatchSize) == 0",
             message="training.globalBatchSize must be a multiple of training.microBatchSize",
             holds=lambda t: t.micro_batch_size == "auto" or t.global_batch_size % t.micro_batch_size == 0,
         ),
@@ -171,7 +172,7 @@ class TrainingSpec(SpecModel):
     """Passes over the data. 3 when neither epochs nor maxSteps is set."""
     max_steps: Annotated[int, Between(1, 100_000_000)] | None = None
     """Optimizer steps, instead of epochs."""
-    global_batch_size: Annotated[int, Between(1, 65536)] = 16
+    global_batch_size: Annotated[int, Between(1, 65536, exact=True)] = 16
     """Rows (packed sequences with packing) that make one optimizer step, over all GPUs and accumulation."""
     micro_batch_size: Annotated[int | Auto, BetweenOrAuto(1, 65536)] = "auto"
     """Rows that go through one GPU at once. `auto` takes what the plan says is fastest; the result is the same."""
@@ -293,7 +294,7 @@ class ResourcesSpec(SpecModel):
     """GPUs of the training pod."""
     gpu_class: LabelValue = "auto"
     """GPU class by name (see the operator's table), cpu for none, or auto for the smallest that fits."""
-    node_selector: LabelMap = {}
+    node_selector: LabelMap = Field(default={})
     """Labels that the training pod's node must have."""
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16, strict=False)] = ()
     """Taints that the training pod tolerates."""
@@ -352,9 +353,7 @@ class QLoRAJobSpec(SpecModel):
             cel="!has(self.evaluation.gate) || !self.evaluation.gate.mustBeatBase || has(self.dataset.validation)",
             message="evaluation.gate.mustBeatBase compares validation losses: set dataset.validation",
             holds=lambda s: (
-                s.evaluation.gate is None
-                or not s.evaluation.gate.must_beat_base
-                or s.dataset.validation is not None
+                s.evaluation.gate is None or not s.evaluation.gate.must_beat_base or s.dataset.validation is not None
             ),
         ),
         Rule(

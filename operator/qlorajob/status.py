@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AwareDatetime, Field
 
@@ -84,6 +85,40 @@ class Progress(ContractModel):
     """When the trainer said this."""
 
 
+class Display(ContractModel):
+    """The columns of `kubectl get qlj`, as text: the API server's table would print a loss with 16 digits."""
+
+    step: str | None = None
+    """Steps done and to do, as in 12/60."""
+    loss: str | None = None
+    """Training loss."""
+    tokens_per_second: str | None = None
+    """Training tokens a second."""
+    eta: str | None = None
+    """Estimated time left, while there is some."""
+    gpu: str | None = None
+    """GPU class, with the number of GPUs when there are several."""
+
+    @classmethod
+    def of(cls, progress: Progress | None, plan: Plan | None) -> Self:
+        """What can be shown of `progress` and `plan`."""
+        shown = progress or Progress()
+        return cls(
+            step=f"{shown.step}/{shown.total_steps}" if shown.total_steps else None,
+            loss=None if shown.loss is None else f"{shown.loss:.3f}",
+            tokens_per_second=None if shown.tokens_per_second is None else f"{shown.tokens_per_second:.0f}",
+            eta=_duration(shown.eta_seconds) if shown.eta_seconds else None,
+            gpu=plan and (f"{plan.gpus}x{plan.gpu_class}" if plan.gpus > 1 else plan.gpu_class),
+        )
+
+
+def _duration(seconds: int) -> str:
+    """The two largest units, as kubectl prints an age: 45s, 3m20s, 2h5m, 1d4h."""
+    units = [("d", seconds // 86400), ("h", seconds // 3600 % 24), ("m", seconds // 60 % 60), ("s", seconds % 60)]
+    first = next((i for i, (_, count) in enumerate(units) if count), len(units) - 1)
+    return "".join(f"{count}{unit}" for unit, count in units[first : first + 2] if count) or "0s"
+
+
 class MemoryStatus(ContractModel):
     """Predicted and measured memory of one GPU (of the process on CPU)."""
 
@@ -96,11 +131,11 @@ class MemoryStatus(ContractModel):
 class Artifact(ContractModel):
     """A result in S3."""
 
-    uri: str
+    uri: Annotated[str, Field(max_length=560)]
     """Where it is."""
-    digest: str | None = None
+    digest: Annotated[str, Field(max_length=71)] | None = None
     """sha256: and the SHA-256 of the artifact's files, as the manifest lists them."""
-    bytes: int | None = None
+    bytes: Annotated[int, Field(ge=0)] | None = None
     """Size of all its files."""
 
 
@@ -120,13 +155,13 @@ class Artifacts(ContractModel):
 class Prepared(ContractModel):
     """What `prepare` found out: identity of the inputs and size of the work."""
 
-    key: str
+    key: Annotated[str, Field(max_length=64)]
     """Digest of the spec fields that prepare looked at."""
-    run_id: str
+    run_id: Annotated[str, Field(max_length=64)]
     """Digest of everything that changes the result."""
-    model_revision: str
+    model_revision: Annotated[str, Field(max_length=128)]
     """Commit of a hub repository, or digest of the weight files."""
-    dataset_digest: str
+    dataset_digest: Annotated[str, Field(max_length=80)]
     """Digest of the training and validation data."""
     train_rows: int
     """Rows to train on, after filter and split."""
@@ -180,6 +215,8 @@ class QLoRAJobStatus(ContractModel):
     """How the run uses the hardware, and why."""
     progress: Progress | None = None
     """Where training is."""
+    display: Display | None = None
+    """Progress as `kubectl get` prints it: Display.of(progress, plan)."""
     memory: MemoryStatus | None = None
     """Predicted and measured memory."""
     artifacts: Artifacts | None = None
@@ -190,5 +227,9 @@ class QLoRAJobStatus(ContractModel):
     """metadata.generation that failed; an edit of the spec tries again."""
     handled_retry_at: str | None = None
     """Last value of the annotation qlora.dev/retry-at that was acted on."""
-    attempts: dict[str, int] = {}
-    """Jobs created so far, by step, for the current inputs."""
+    attempts: Mapping[str, int] = Field(default={})
+    """Jobs created so far, by step. Never counts back, so that no Job's name comes twice."""
+    job: str | None = None
+    """The Job that does the current step, or did the last one: `kubectl logs job/<name>`."""
+    merge_key: str | None = None
+    """Digest of the spec.merge that the merged artifacts were made with."""
