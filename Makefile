@@ -22,7 +22,7 @@ $(VENV)/.installed: requirements/dev.txt pyproject.toml
 	@echo "==> Installing the Python environment into $(VENV) (about 5 GB the first time)"
 	test -x $(PYTHON) || python3.11 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet uv==$(UV_VERSION)
-	$(UV) pip install --quiet --python $(PYTHON) --requirement requirements/dev.txt
+	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) --requirement requirements/dev.txt
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
 	@touch $@
 

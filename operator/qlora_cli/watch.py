@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from kubernetes import client, config, watch
-
 from qlora_cli.display import ProgressDisplay
 from qlorajob.names import GROUP, PLURAL, VERSION
 from qlorajob.status import Condition, QLoRAJobStatus
