@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-
 from kubernetes import client, config
+
 from qlorajob.crd import crd
 from qlorajob.resource import InvalidManifest, parse
 from qlorajob.spec import QLoRAJobSpec
@@ -159,7 +159,9 @@ def test_the_largest_status_is_stored_as_the_operator_writes_it(server: Server) 
         display=Display.of(PROGRESS, PLAN),
         memory=MEMORY,
         artifacts=ARTIFACTS,
-        history=(HistoryEntry(id="r0", outcome="Replaced", finished_at=NOW, loss=1.5, eval_loss=2.0, adapter="s3://b/a"),),
+        history=(
+            HistoryEntry(id="r0", outcome="Replaced", finished_at=NOW, loss=1.5, eval_loss=2.0, adapter="s3://b/a"),
+        ),
         failed_generation=1,
         attempts={"prepare": 1, "train": 2},
     ).to_wire()

@@ -1,0 +1,49 @@
+{{- define "qlora.name" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 52 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "qlora.serviceAccount" -}}
+{{- .Values.serviceAccount.name | default (include "qlora.name" .) -}}
+{{- end -}}
+
+{{- define "qlora.selector" -}}
+app.kubernetes.io/name: qlora-operator
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: operator
+{{- end -}}
+
+{{- define "qlora.labels" -}}
+{{ include "qlora.selector" . }}
+app.kubernetes.io/part-of: qlora-operator
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | quote }}
+{{- end -}}
+
+{{- /* What the operator really does; tests/e2e hold this against the API server's audit log. */ -}}
+{{- define "qlora.rules" -}}
+- apiGroups: [qlora.dev]
+  resources: [qlorajobs]
+  verbs: [list, watch]
+- apiGroups: [qlora.dev]
+  resources: [qlorajobs/status]
+  verbs: [patch]
+{{- if .Values.ownerReferencesPermission }}
+- apiGroups: [qlora.dev]
+  resources: [qlorajobs/finalizers]
+  verbs: [update]
+{{- end }}
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [list, watch, create, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [list, watch]
+- apiGroups: [""]
+  resources: [events]
+  verbs: [create, list] # list: why a pod or Job doesn't start
+{{- end -}}

@@ -1,0 +1,187 @@
+"""The only module that talks to the API server (kopf has its own client, for watching).
+
+Every call raises TemporaryApiError (try again later) or PermanentApiError (trying again won't help), nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import aiohttp
+from kubernetes.aio import client, config
+from kubernetes.aio.client.exceptions import ApiException
+
+from qlora_operator.decision import Event
+from qlora_operator.pods import Manifest
+from qlorajob import names
+from qlorajob.resource import Metadata
+
+MERGE_PATCH: Final = "application/merge-patch+json"
+TIMEOUT: Final = 30.0
+PERMANENT: Final = frozenset({400, 403, 405, 413, 415, 422})
+COMPONENT: Final = "qlora-operator"
+WARNINGS_ABOUT_STARTS: Final = frozenset(
+    {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "FailedCreate"}
+)
+
+
+class ApiError(Exception):
+    """A call to the API server failed. The message is what it said."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class TemporaryApiError(ApiError):
+    """Unreachable, overloaded, or a conflict: the same call may succeed later."""
+
+
+class PermanentApiError(ApiError):
+    """Forbidden or invalid: somebody has to change something."""
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """The one place where client errors become ours."""
+    try:
+        yield
+    except ApiException as error:
+        kind = PermanentApiError if error.status in PERMANENT else TemporaryApiError
+        raise kind(_message(error), int(error.status or 0)) from error
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise TemporaryApiError(f"{type(error).__name__}: {error}") from error
+
+
+def _message(error: ApiException) -> str:
+    """The Status object's message; a quota denial, for example, says there what is exhausted."""
+    try:
+        return str(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return f"{error.status} {error.reason}"
+
+
+class Api:
+    """Reads and writes of the operator: each needs one verb of the chart's ClusterRole."""
+
+    def __init__(self, api_client: client.ApiClient) -> None:
+        self._client = api_client
+        self._batch = client.BatchV1Api(api_client)
+        self._core = client.CoreV1Api(api_client)
+        self._custom = client.CustomObjectsApi(api_client)
+
+    @classmethod
+    async def connect(cls) -> Api:
+        """With the pod's service account, or with $KUBECONFIG."""
+        settings = client.Configuration()
+        try:
+            config.load_incluster_config(settings)
+        except config.ConfigException:
+            await config.load_kube_config(client_configuration=settings)
+        return cls(client.ApiClient(settings))
+
+    async def close(self) -> None:
+        """Close connections."""
+        await self._client.close()
+
+    async def check_crd(self) -> None:
+        """Raise where there is no CRD: kopf would wait for it for ever, in silence."""
+        try:
+            with _translated():
+                await self._custom.list_cluster_custom_object(
+                    names.GROUP, names.VERSION, names.PLURAL, limit=1, _request_timeout=TIMEOUT
+                )
+        except ApiError as error:
+            if error.status == 403:  # an operator of some namespaces may not look at all of them
+                return
+            if error.status == 404:
+                raise PermanentApiError("the CRD qlorajobs.qlora.dev isn't installed") from error
+            raise
+
+    async def create_job(self, manifest: Manifest) -> Manifest | None:
+        """The new Job; None when it is there already, which is as good: its name holds the owner's uid."""
+        namespace = manifest["metadata"]["namespace"]
+        try:
+            with _translated():
+                job = await self._batch.create_namespaced_job(namespace, manifest, _request_timeout=TIMEOUT)
+        except TemporaryApiError as error:
+            if error.status == 409:
+                return None
+            raise
+        created: Manifest = self._client.sanitize_for_serialization(job)
+        return created
+
+    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+        """Delete that very Job; its pods get SIGTERM and follow. Done when it is gone already."""
+        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        try:
+            with _translated():
+                await self._batch.delete_namespaced_job(name, namespace, body=body, _request_timeout=TIMEOUT)
+        except TemporaryApiError as error:
+            if error.status not in (404, 409):
+                raise
+
+    async def patch_status(self, metadata: Metadata, patch: Mapping[str, Any]) -> Manifest | None:
+        """The QLoRAJob with its new status; None when that very object is gone."""
+        body = {"metadata": {"uid": metadata.uid}, "status": patch}
+        try:
+            with _translated():
+                patched: Manifest = await self._custom.patch_namespaced_custom_object_status(
+                    names.GROUP,
+                    names.VERSION,
+                    metadata.namespace,
+                    names.PLURAL,
+                    metadata.name,
+                    body,
+                    _content_type=MERGE_PATCH,
+                    _request_timeout=TIMEOUT,
+                )
+        except TemporaryApiError as error:
+            if error.status == 404:
+                return None
+            raise
+        return patched
+
+    async def create_event(self, metadata: Metadata, event: Event) -> None:
+        """Attach an event to the QLoRAJob."""
+        now = datetime.now(UTC)
+        stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+        body = {
+            # As client-go names them: events of one second are listed in the order in which they happened.
+            "metadata": {"name": f"{metadata.name}.{time.time_ns():x}", "namespace": metadata.namespace},
+            "involvedObject": {
+                "apiVersion": f"{names.GROUP}/{names.VERSION}",
+                "kind": names.KIND,
+                "name": metadata.name,
+                "namespace": metadata.namespace,
+                "uid": metadata.uid,
+            },
+            "type": event.type,
+            "reason": event.reason,
+            "message": event.message,
+            "source": {"component": COMPONENT},
+            "reportingComponent": COMPONENT,
+            "firstTimestamp": stamp,
+            "lastTimestamp": stamp,
+            "count": 1,
+        }
+        with _translated():
+            await self._core.create_namespaced_event(metadata.namespace, body, _request_timeout=TIMEOUT)
+
+    async def last_warning(self, namespace: str, uid: str) -> str:
+        """What the cluster last complained about, for a pod or Job that doesn't get started."""
+        with _translated():
+            found = await self._core.list_namespaced_event(
+                namespace, field_selector=f"involvedObject.uid={uid},type=Warning", _request_timeout=TIMEOUT
+            )
+        events = [self._client.sanitize_for_serialization(event) for event in found.items]
+        relevant = [event for event in events if event.get("reason") in WARNINGS_ABOUT_STARTS]
+        latest: Manifest = max(
+            relevant, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime")), default={}
+        )
+        return str(latest.get("message", ""))

@@ -1,0 +1,152 @@
+"""kopf's side: keep indexes, and queue the QLoRAJob that an event is about.
+
+Run with `kopf run -m qlora_operator.handlers`: never `kopf run file.py`, which puts the file's folder on sys.path.
+
+Only raw event handlers and indexes are used, so kopf writes nothing into objects: no finalizers, no annotations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import kopf
+from aiohttp import web
+
+from qlora_operator.api import Api
+from qlora_operator.config import OperatorConfig
+from qlora_operator.controller import Controller
+from qlora_operator.metrics import METRICS_PORT, Metrics, NamespacePhase
+from qlora_operator.progress import Poller
+from qlora_operator.store import Key, Raw, Store
+from qlora_operator.workqueue import WorkQueue
+from qlorajob import names
+
+CHATTY_LOGGERS = ("kopf.objects", "kopf.activities.probe", "aiohttp.access")
+"""A line for each watch event and each probe says nothing; ours say what was decided and done."""
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Runtime:
+    """What lives as long as the operator."""
+
+    def __init__(self, api: Api, store: Store, config: OperatorConfig) -> None:
+        self.api = api
+        self.metrics = Metrics(lambda: phases(store))
+        self.poller = Poller(store, self.metrics, self._changed, config.progress_interval_seconds)
+        controller = Controller(api, store, config, self.metrics, self.poller.latest)
+        self.queue: WorkQueue[Key] = WorkQueue(
+            controller.look,
+            backoff_seconds=config.retry_backoff_seconds,
+            backoff_max_seconds=config.retry_backoff_max_seconds,
+        )
+        self.tasks: list[asyncio.Task[None]] = []
+        self.server: web.AppRunner | None = None
+
+    def _changed(self, key: Key) -> None:
+        self.queue.add(key)
+
+    async def start(self) -> None:
+        """Start the workers, the poller and the metrics server."""
+        self.tasks = [
+            asyncio.create_task(self.queue.run(), name="workers"),
+            asyncio.create_task(self.poller.run(), name="poller"),
+        ]
+        app = web.Application()
+        app.router.add_get("/metrics", self._serve_metrics)
+        self.server = web.AppRunner(app, access_log=None, handle_signals=False)
+        await self.server.setup()
+        await web.TCPSite(self.server, None, METRICS_PORT).start()
+
+    async def stop(self) -> None:
+        """End all of it."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        if self.server:
+            await self.server.cleanup()
+        await self.api.close()
+
+    async def _serve_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def phases(store: Store) -> list[NamespacePhase]:
+    """Namespace and phase of every QLoRAJob."""
+    found = []
+    for key in store:
+        raw: Raw = store.qlorajob(key) or {}
+        found.append((key.namespace, (raw.get("status") or {}).get("phase") or "Pending"))
+    return found
+
+
+@kopf.on.startup()
+async def start(settings: kopf.OperatorSettings, memo: Any, **indexes: Any) -> None:
+    """Configure kopf and start everything else. A wrong configuration or a missing CRD ends the process."""
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    settings.posting.enabled = False
+    settings.scanning.disabled = True  # no rights on CRDs and namespaces needed
+    settings.peering.standalone = True
+    settings.watching.server_timeout = 600
+    settings.watching.label_selectors["batch", "jobs"] = names.LABEL_JOB
+    settings.watching.label_selectors["", "pods"] = names.LABEL_JOB
+    store = Store(indexes["qlorajobs"], indexes["jobs"], indexes["pods"], time.monotonic)
+    try:
+        config = OperatorConfig.load()
+        api = await Api.connect()
+        await api.check_crd()
+    except Exception as error:
+        raise kopf.PermanentError(f"can't start: {error}") from error
+    memo.runtime = Runtime(api, store, config)
+    await memo.runtime.start()
+
+
+@kopf.on.cleanup()
+async def stop(memo: Any, **_: Any) -> None:
+    """Let go of sockets and tasks; Jobs go on by themselves."""
+    runtime: Runtime | None = memo.get("runtime")
+    if runtime:
+        await runtime.stop()
+
+
+@kopf.on.probe(id="tasks")
+async def alive(memo: Any, **_: Any) -> str:
+    """/healthz fails when a background task has ended, so that the kubelet restarts the pod."""
+    ended = [task.get_name() for task in memo.runtime.tasks if task.done()]
+    if ended:
+        raise kopf.PermanentError(f"not running: {', '.join(ended)}")
+    return "running"
+
+
+@kopf.index(names.GROUP, names.VERSION, names.PLURAL, id="qlorajobs")
+def index_qlorajob(namespace: str | None, name: str, body: kopf.Body, **_: Any) -> dict[Key, Raw]:
+    """QLoRAJobs by key."""
+    return {Key(namespace or "", name): dict(body)}
+
+
+@kopf.index("batch", "v1", "jobs", id="jobs", labels={names.LABEL_JOB: kopf.PRESENT})
+def index_job(namespace: str | None, labels: kopf.Labels, body: kopf.Body, **_: Any) -> dict[Key, Raw]:
+    """Jobs by the QLoRAJob they belong to."""
+    return {Key(namespace or "", labels[names.LABEL_JOB]): dict(body)}
+
+
+@kopf.index("", "v1", "pods", id="pods", labels={names.LABEL_JOB: kopf.PRESENT})
+def index_pod(namespace: str | None, labels: kopf.Labels, body: kopf.Body, **_: Any) -> dict[Key, Raw]:
+    """Pods by the QLoRAJob they belong to."""
+    return {Key(namespace or "", labels[names.LABEL_JOB]): dict(body)}
+
+
+@kopf.on.event(names.GROUP, names.VERSION, names.PLURAL)
+def qlorajob_event(namespace: str | None, name: str, memo: Any, **_: Any) -> None:
+    """The object itself has changed."""
+    memo.runtime.queue.add(Key(namespace or "", name))
+
+
+@kopf.on.event("batch", "v1", "jobs", labels={names.LABEL_JOB: kopf.PRESENT})
+@kopf.on.event("", "v1", "pods", labels={names.LABEL_JOB: kopf.PRESENT})
+def child_event(namespace: str | None, labels: kopf.Labels, memo: Any, **_: Any) -> None:
+    """Something that belongs to the object has changed."""
+    memo.runtime.queue.add(Key(namespace or "", labels[names.LABEL_JOB]))

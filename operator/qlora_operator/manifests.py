@@ -1,0 +1,141 @@
+"""QLoRAJob → batch/v1 Jobs, as plain dicts. Pure; tests/golden holds what comes out."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from qlora_operator.config import OperatorConfig
+from qlora_operator.plan import merge_requests
+from qlora_operator.pods import CONTAINER, Manifest, pod_spec
+from qlorajob import names
+from qlorajob.errors import ExitCode
+from qlorajob.identity import digest, prepare_key
+from qlorajob.plan import Plan, Requests
+from qlorajob.resource import QLoRAJob
+from qlorajob.run import RunConfig, Step
+from qlorajob.status import Prepared
+
+KUEUE_QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
+NAME_PREFIX_LENGTH: Final = 40
+
+
+def child_name(job: QLoRAJob, step: Step, identity: str, number: int) -> str:
+    """The name of the `number`th Job of a step for these inputs (`identity`).
+
+    Deterministic, so that creating a Job twice is one Job; different for another uid, so that a re-created QLoRAJob
+    never takes its predecessor's Job for its own.
+    """
+    prefix = job.metadata.name[:NAME_PREFIX_LENGTH].replace(".", "-").rstrip("-")
+    return f"{prefix}-{step}-{digest([job.metadata.uid, step, identity, number])[:8]}"
+
+
+def merge_key(job: QLoRAJob) -> str:
+    """What makes a merge what it is, beside the run."""
+    return digest(job.spec.merge.to_wire())[:16]
+
+
+def prepare_job(job: QLoRAJob, number: int, config: OperatorConfig) -> Manifest:
+    """The Job that looks at model, data and output. CPU only."""
+    key = prepare_key(job.spec)
+    resources = config.prepare
+    requests = Requests(cpu=resources.cpu, memory=resources.memory, ephemeral_storage=resources.ephemeral_storage)
+    return _job(job, "prepare", key, number, _run_config(job, config), requests, config)
+
+
+def train_job(job: QLoRAJob, prepared: Prepared, plan: Plan, number: int, config: OperatorConfig) -> Manifest:
+    """The Job that trains. The only one that may hold a GPU, and the only one that Kueue admits."""
+    run = _run_config(job, config, prepared, plan)
+    manifest = _job(job, "train", prepared.run_id, number, run, plan.requests, config)
+    if job.spec.queue_name:
+        manifest["metadata"]["labels"][KUEUE_QUEUE_LABEL] = job.spec.queue_name
+        manifest["spec"]["suspend"] = True
+    if job.spec.active_deadline_seconds is not None:
+        manifest["spec"]["activeDeadlineSeconds"] = job.spec.active_deadline_seconds
+    return manifest
+
+
+def merge_job(job: QLoRAJob, prepared: Prepared, number: int, config: OperatorConfig) -> Manifest:
+    """The Job that merges the adapter into the 16-bit base. CPU only."""
+    run = _run_config(job, config, prepared)
+    requests = merge_requests(job.spec, prepared.facts, config)
+    return _job(job, "merge", prepared.run_id + merge_key(job), number, run, requests, config)
+
+
+def _run_config(
+    job: QLoRAJob, config: OperatorConfig, prepared: Prepared | None = None, plan: Plan | None = None
+) -> RunConfig:
+    return RunConfig(
+        namespace=job.metadata.namespace,
+        name=job.metadata.name,
+        image=config.trainer_image,
+        allow_remote_code=config.allow_remote_code,
+        key=prepare_key(job.spec),
+        spec=job.spec,
+        prepared=prepared,
+        plan=plan,
+    )
+
+
+def _job(
+    job: QLoRAJob,
+    step: Step,
+    identity: str,
+    number: int,
+    run: RunConfig,
+    requests: Requests,
+    config: OperatorConfig,
+) -> Manifest:
+    labels = {
+        "app.kubernetes.io/name": "qlora-trainer",
+        "app.kubernetes.io/component": step,
+        "app.kubernetes.io/part-of": names.PART_OF,
+        "app.kubernetes.io/managed-by": names.PART_OF,
+        names.LABEL_JOB: job.metadata.name,
+        names.LABEL_STEP: step,
+        names.LABEL_ATTEMPT: str(number),
+    }
+    if run.prepared:
+        labels[names.LABEL_RUN] = run.prepared.run_id
+    spec: Manifest = {
+        "backoffLimit": job.spec.backoff_limit,
+        "podFailurePolicy": _failure_policy(),
+        "template": {"metadata": {"labels": dict(labels)}, "spec": pod_spec(step, run, requests, config)},
+    }
+    if job.spec.ttl_seconds_after_finished is not None:
+        spec["ttlSecondsAfterFinished"] = max(job.spec.ttl_seconds_after_finished, config.minimum_ttl_seconds)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": child_name(job, step, identity, number),
+            "namespace": job.metadata.namespace,
+            "labels": labels,
+            "ownerReferences": [
+                {
+                    "apiVersion": f"{names.GROUP}/{names.VERSION}",
+                    "kind": names.KIND,
+                    "name": job.metadata.name,
+                    "uid": job.metadata.uid,
+                    "controller": True,
+                    "blockOwnerDeletion": True,
+                }
+            ],
+        },
+        "spec": spec,
+    }
+
+
+def _failure_policy() -> Manifest:
+    """What happened to the pod from outside never counts; what can't get better ends at once; the rest is retried."""
+
+    def on_codes(action: str, *codes: ExitCode) -> Manifest:
+        values = [int(code) for code in codes]
+        return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": values}}
+
+    return {
+        "rules": [
+            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            on_codes("Ignore", ExitCode.INTERRUPTED),
+            on_codes("FailJob", ExitCode.INVALID, ExitCode.OUT_OF_MEMORY),
+        ]
+    }

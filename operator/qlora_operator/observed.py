@@ -1,0 +1,208 @@
+"""Jobs and pods as reconcile sees them: parsed once from the API's JSON, frozen after. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from qlora_operator.pods import CONTAINER
+from qlorajob import names
+from qlorajob.run import RunReport
+from qlorajob.status import Progress
+
+JobState = Literal["active", "suspended", "complete", "failed"]
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """One batch/v1 Job of ours."""
+
+    name: str
+    uid: str
+    owner_uid: str
+    step: str
+    state: JobState
+    created_at: datetime | None = None
+    finished_at: datetime | None = None
+    failure: str = ""
+    """Reason of the Failed condition: PodFailurePolicy, BackoffLimitExceeded, DeadlineExceeded."""
+    message: str = ""
+    deleting: bool = False
+    warning: str = ""
+    """Last warning event about this Job, where it has no pod."""
+
+    @property
+    def live(self) -> bool:
+        """It has pods, or may get some."""
+        return self.state in ("active", "suspended")
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why a container hasn't started, in the kubelet's or the scheduler's words."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """One pod of one of our Jobs."""
+
+    name: str
+    uid: str
+    job_uid: str
+    job_name: str
+    step: str
+    phase: str
+    ip: str = ""
+    gpus: int = 0
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    deleting: bool = False
+    scheduled: bool = False
+    waiting: Waiting | None = None
+    exit_code: int | None = None
+    termination: str = ""
+    """Reason of the terminated state, such as OOMKilled."""
+    last_words: str = ""
+    """The termination message as it was written."""
+    report: RunReport | None = None
+    progress: Progress | None = None
+    """What the poller heard last."""
+    warning: str = ""
+    """Last warning event about this pod, where it is stuck before its start."""
+
+    @property
+    def live(self) -> bool:
+        """It runs, or will."""
+        return self.phase in ("Pending", "Running", "Unknown")
+
+    @property
+    def stuck_before_start(self) -> bool:
+        """It has a node, but no container yet: volumes, sandbox or image are in the making."""
+        return (
+            self.phase == "Pending"
+            and self.scheduled
+            and (self.waiting is None or self.waiting.reason in ("ContainerCreating", "PodInitializing"))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Everything in the cluster that carries the job's label, whoever owns it."""
+
+    jobs: tuple[JobView, ...] = ()
+    pods: tuple[PodView, ...] = ()
+
+    def job(self, name: str) -> JobView | None:
+        """The Job of that name."""
+        return next((job for job in self.jobs if job.name == name), None)
+
+    def pods_of(self, job: JobView) -> tuple[PodView, ...]:
+        """Newest first."""
+        mine = [pod for pod in self.pods if pod.job_uid == job.uid]
+        return tuple(sorted(mine, key=lambda pod: (pod.created_at is not None, pod.created_at, pod.name), reverse=True))
+
+
+def observe(jobs: Iterable[Raw], pods: Iterable[Raw]) -> Observed:
+    """The views of raw objects."""
+    return Observed(tuple(map(job_view, jobs)), tuple(map(pod_view, pods)))
+
+
+def job_view(raw: Raw) -> JobView:
+    """One Job."""
+    metadata, status = raw["metadata"], raw.get("status") or {}
+    conditions = {
+        condition["type"]: condition for condition in status.get("conditions") or () if condition["status"] == "True"
+    }
+    owner: Raw = next((ref for ref in metadata.get("ownerReferences") or () if ref.get("controller")), {})
+    state: JobState = "active"
+    finish: Raw = {}
+    if "Complete" in conditions:
+        state, finish = "complete", conditions["Complete"]
+    elif "Failed" in conditions:
+        state, finish = "failed", conditions["Failed"]
+    elif raw["spec"].get("suspend"):
+        state = "suspended"
+    return JobView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        owner_uid=owner.get("uid", ""),
+        step=(metadata.get("labels") or {}).get(names.LABEL_STEP, ""),
+        state=state,
+        created_at=_time(metadata.get("creationTimestamp")),
+        finished_at=_time(finish.get("lastTransitionTime")),
+        failure=finish.get("reason", "") if state == "failed" else "",
+        message=finish.get("message", ""),
+        deleting=bool(metadata.get("deletionTimestamp")),
+    )
+
+
+def pod_view(raw: Raw) -> PodView:
+    """One pod."""
+    metadata, status = raw["metadata"], raw.get("status") or {}
+    owner: Raw = next((ref for ref in metadata.get("ownerReferences") or () if ref.get("controller")), {})
+    container = _ours(status.get("containerStatuses") or ())
+    state = container.get("state") or {}
+    ended: Raw = state.get("terminated") or {}
+    running: Raw = state.get("running") or {}
+    scheduled = _condition(status, "PodScheduled")
+    limits = (_ours(raw["spec"].get("containers") or ()).get("resources") or {}).get("limits") or {}
+    return PodView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        job_uid=owner.get("uid", ""),
+        job_name=owner.get("name", ""),
+        step=(metadata.get("labels") or {}).get(names.LABEL_STEP, ""),
+        phase=status.get("phase", "Pending"),
+        ip=status.get("podIP", ""),
+        gpus=int(limits.get("nvidia.com/gpu", 0)),
+        created_at=_time(metadata.get("creationTimestamp")),
+        started_at=_time(running.get("startedAt") or ended.get("startedAt")),
+        finished_at=_time(ended.get("finishedAt")),
+        deleting=bool(metadata.get("deletionTimestamp")),
+        scheduled=scheduled.get("status") == "True" or bool(raw["spec"].get("nodeName")),
+        waiting=_waiting(state, scheduled),
+        exit_code=ended.get("exitCode"),
+        termination=ended.get("reason", ""),
+        last_words=ended.get("message", ""),
+        report=parse_report(ended.get("message", "")),
+    )
+
+
+def parse_report(message: str) -> RunReport | None:
+    """The RunReport in a termination message; None where there is none, or one of another version."""
+    if not message.lstrip().startswith("{"):
+        return None
+    try:
+        return RunReport.model_validate_json(message)
+    except ValidationError:
+        return None
+
+
+def _waiting(state: Raw, scheduled: Raw) -> Waiting | None:
+    if state.get("waiting"):
+        return Waiting(state["waiting"].get("reason", ""), state["waiting"].get("message", ""))
+    if scheduled.get("status") == "False":
+        return Waiting(scheduled.get("reason", "Unschedulable"), scheduled.get("message", ""))
+    return None
+
+
+def _ours(containers: Iterable[Raw]) -> Raw:
+    """The trainer's entry: meshes and webhooks add containers of their own."""
+    return next((container for container in containers if container.get("name") == CONTAINER), {})
+
+
+def _condition(status: Raw, kind: str) -> Raw:
+    return next((condition for condition in status.get("conditions") or () if condition["type"] == kind), {})
+
+
+def _time(value: str | None) -> datetime | None:
+    return datetime.fromisoformat(value) if value else None

@@ -1,0 +1,215 @@
+"""The trainer's pod, piece by piece: security, environment, volumes, placement. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from qlora_operator.config import GpuClass, OperatorConfig
+from qlora_operator.gpus import SHIPPED
+from qlorajob import names
+from qlorajob.identity import digest
+from qlorajob.plan import Plan, Requests
+from qlorajob.run import RunConfig, Step
+from qlorajob.spec import QLoRAJobSpec
+
+Manifest = dict[str, Any]
+
+CONTAINER: Final = "trainer"
+USER: Final = 65532
+GPU_RESOURCE: Final = "nvidia.com/gpu"
+GPU_MEMORY_LABEL: Final = "nvidia.com/gpu.memory"
+GPU_PRODUCT_LABEL: Final = "nvidia.com/gpu.product"
+GPU_MAJOR_LABEL: Final = "nvidia.com/gpu.compute.major"
+MAJORS_WITHOUT_BF16: Final = ("3", "5", "6", "7")
+
+
+def pod_spec(step: Step, run: RunConfig, requests: Requests, config: OperatorConfig) -> Manifest:
+    """The pod template's spec of one step. Passes the `restricted` Pod Security Standard."""
+    spec, plan = run.spec, run.plan
+    pod: Manifest = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": config.termination_grace_period_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(step, run, requests, config)],
+        "volumes": [*_scratch_volumes(plan, requests), *_input_volumes(spec), *config.extra_volumes],
+    }
+    if config.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in config.image_pull_secrets]
+    if spec.service_account_name:
+        pod["serviceAccountName"] = spec.service_account_name
+    if step == "train":
+        pod |= _placement(spec, plan, config)
+    return pod
+
+
+def _container(step: Step, run: RunConfig, requests: Requests, config: OperatorConfig) -> Manifest:
+    gpus = run.plan.gpus if step == "train" and run.plan else 0
+    limits = {"memory": requests.memory, "ephemeral-storage": requests.ephemeral_storage}
+    container: Manifest = {
+        "name": CONTAINER,
+        "image": config.trainer_image,
+        "imagePullPolicy": config.image_pull_policy,
+        "command": ["python3", "-m", "qlora_trainer"],
+        "args": [step],
+        "env": [*_environment(run), *config.extra_env],
+        "resources": {
+            "requests": {"cpu": requests.cpu} | limits,
+            "limits": limits | ({GPU_RESOURCE: str(gpus)} if gpus else {}),
+        },
+        # A crash that writes no report leaves the last lines of its log as the message.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "privileged": False,
+            "readOnlyRootFilesystem": True,
+        },
+        "volumeMounts": [*_scratch_mounts(run.plan), *_input_mounts(run.spec), *config.extra_volume_mounts],
+    }
+    if step == "train":
+        container["ports"] = [{"name": "metrics", "containerPort": names.METRICS_PORT}]
+    return container
+
+
+def _environment(run: RunConfig) -> Iterator[Manifest]:
+    yield {"name": names.ENV_RUN_CONFIG, "value": run.to_json().replace("$", "$$")}  # $(X) would be expanded
+    yield {"name": names.ENV_REPORT_PATH, "value": names.REPORT_PATH}
+    yield {"name": names.ENV_METRICS_PORT, "value": str(names.METRICS_PORT)}
+    yield {"name": names.ENV_MOUNT_ROOT, "value": names.MOUNT_ROOT}
+    yield {"name": names.ENV_WORK_DIR, "value": names.WORK_DIR}
+    yield {"name": "HOME", "value": names.WORK_DIR}
+    credentials = run.spec.output.credentials_secret_ref
+    if credentials:
+        yield _from_secret("AWS_ACCESS_KEY_ID", credentials.name, "AWS_ACCESS_KEY_ID")
+        yield _from_secret("AWS_SECRET_ACCESS_KEY", credentials.name, "AWS_SECRET_ACCESS_KEY")
+        yield _from_secret("AWS_SESSION_TOKEN", credentials.name, "AWS_SESSION_TOKEN", optional=True)
+    token = run.spec.model.token_secret_ref
+    if token:
+        yield _from_secret("HF_TOKEN", token.name, token.key)
+
+
+def _from_secret(variable: str, secret: str, key: str, *, optional: bool = False) -> Manifest:
+    reference: Manifest = {"name": secret, "key": key} | ({"optional": True} if optional else {})
+    return {"name": variable, "valueFrom": {"secretKeyRef": reference}}
+
+
+def _scratch_volumes(plan: Plan | None, requests: Requests) -> Iterator[Manifest]:
+    yield {"name": "work", "emptyDir": {"sizeLimit": requests.ephemeral_storage}}
+    yield {"name": "tmp", "emptyDir": {"sizeLimit": "2Gi"}}
+    if plan and plan.gpus:
+        yield {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}
+
+
+def _scratch_mounts(plan: Plan | None) -> Iterator[Manifest]:
+    yield {"name": "work", "mountPath": names.WORK_DIR}
+    yield {"name": "tmp", "mountPath": "/tmp"}  # noqa: S108 (a mount of our own)
+    if plan and plan.gpus:
+        yield {"name": "shm", "mountPath": "/dev/shm"}  # noqa: S108
+
+
+def claims(spec: QLoRAJobSpec) -> dict[str, str]:
+    """PersistentVolumeClaims that the pods mount, each with the field that names it."""
+    found = {name: field for kind, name, field in _references(spec) if kind == "pvc"}
+    if spec.model.cache_claim:
+        found.setdefault(spec.model.cache_claim, "model.cacheClaim")
+    return found
+
+
+def config_maps(spec: QLoRAJobSpec) -> dict[str, str]:
+    """ConfigMaps that the pods mount, each with the field that names it."""
+    return {name: field for kind, name, field in _references(spec) if kind == "configmap"}
+
+
+def secrets(spec: QLoRAJobSpec) -> dict[str, str]:
+    """Secrets that the pods refer to, each with the field that names it."""
+    found: dict[str, str] = {}
+    if spec.model.token_secret_ref:
+        found[spec.model.token_secret_ref.name] = "model.tokenSecretRef"
+    if spec.output.credentials_secret_ref:
+        found[spec.output.credentials_secret_ref.name] = "output.credentialsSecretRef"
+    return found
+
+
+def _references(spec: QLoRAJobSpec) -> Iterator[tuple[str, str, str]]:
+    """(pvc or configmap, object name, field) of every URI that is a mount."""
+    validation = spec.dataset.validation
+    uris = {
+        "model.uri": spec.model.uri,
+        "dataset.uri": spec.dataset.uri,
+        "dataset.validation.uri": validation.uri if validation else None,
+    }
+    for field, uri in uris.items():
+        scheme, _, rest = (uri or "").partition("://")
+        if scheme in ("pvc", "configmap"):
+            yield scheme, rest.split("/")[0], field
+
+
+def _volume_name(kind: str, name: str) -> str:
+    """Object names may be longer than volume names, and hold dots."""
+    return f"{kind}-{digest(name)[:8]}"
+
+
+def _input_volumes(spec: QLoRAJobSpec) -> Iterator[Manifest]:
+    for claim in claims(spec):
+        yield {"name": _volume_name("claim", claim), "persistentVolumeClaim": {"claimName": claim}}
+    for config_map in config_maps(spec):
+        yield {"name": _volume_name("config", config_map), "configMap": {"name": config_map}}
+
+
+def _input_mounts(spec: QLoRAJobSpec) -> Iterator[Manifest]:
+    mounted = {name for kind, name, _ in _references(spec) if kind == "pvc"}
+    for claim in claims(spec):
+        volume = _volume_name("claim", claim)
+        if claim in mounted:
+            yield {"name": volume, "mountPath": f"{names.MOUNT_ROOT}/pvc/{claim}", "readOnly": True}
+        if claim == spec.model.cache_claim:
+            yield {"name": volume, "mountPath": names.CACHE_DIR}
+    for config_map in config_maps(spec):
+        volume = _volume_name("config", config_map)
+        yield {"name": volume, "mountPath": f"{names.MOUNT_ROOT}/configmap/{config_map}", "readOnly": True}
+
+
+def _placement(spec: QLoRAJobSpec, plan: Plan | None, config: OperatorConfig) -> Manifest:
+    placement: Manifest = {}
+    tolerations = [toleration.to_wire() for toleration in spec.resources.tolerations]
+    if plan and plan.gpus:
+        tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
+        terms = [{"matchExpressions": list(_gpu_expressions(spec, plan, config))}]
+        placement["affinity"] = {
+            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+        }
+        if config.runtime_class_name:
+            placement["runtimeClassName"] = config.runtime_class_name
+    if tolerations:
+        placement["tolerations"] = tolerations
+    if spec.resources.node_selector:
+        placement["nodeSelector"] = dict(spec.resources.node_selector)
+    if spec.priority_class_name:
+        placement["priorityClassName"] = spec.priority_class_name
+    return placement
+
+
+def _gpu_expressions(spec: QLoRAJobSpec, plan: Plan, config: OperatorConfig) -> Iterator[Manifest]:
+    """A GPU with the planned memory or more; of the very class, when the user named one."""
+    yield {"key": GPU_MEMORY_LABEL, "operator": "Gt", "values": [str(plan.gpu_memory_mib - 1)]}
+    if spec.resources.gpu_class != "auto":
+        products = _products(config.gpu_classes or SHIPPED, plan.gpu_class)
+        if products:
+            yield {"key": GPU_PRODUCT_LABEL, "operator": "In", "values": products}
+    elif plan.bf16:
+        # NotIn also accepts nodes without the label, so that only what is known to lack bfloat16 is left out.
+        yield {"key": GPU_MAJOR_LABEL, "operator": "NotIn", "values": list(MAJORS_WITHOUT_BF16)}
+
+
+def _products(classes: tuple[GpuClass, ...], name: str) -> list[str]:
+    return next((list(gpu.products) for gpu in classes if gpu.name == name), [])

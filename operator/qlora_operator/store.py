@@ -1,0 +1,114 @@
+"""What the operator knows of the cluster: kopf's indexes, corrected by its own latest writes.
+
+An index lags behind a write by a few milliseconds. A look in between would decide on yesterday's facts, so what the API
+server answered to a write counts until the index has caught up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+Raw = Mapping[str, Any]
+FORGET_AFTER = 60.0
+"""Seconds after which a write that the index never showed is forgotten: the object came and went in between."""
+
+
+class Key(NamedTuple):
+    """Namespace and name of a QLoRAJob."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+Index = Mapping[Key, Iterable[Raw]]
+
+
+@dataclass(slots=True)
+class _Writes:
+    """What was written about one QLoRAJob and not yet seen in the index."""
+
+    job: Raw | None = None
+    created: dict[str, tuple[Raw, float]] = field(default_factory=dict)
+    deleted: dict[str, float] = field(default_factory=dict)
+
+
+class Store:
+    """Reads by key. `clock` is monotonic."""
+
+    def __init__(self, qlorajobs: Index, jobs: Index, pods: Index, clock: Callable[[], float]) -> None:
+        self._qlorajobs, self._jobs, self._pods = qlorajobs, jobs, pods
+        self._clock = clock
+        self._writes: dict[Key, _Writes] = {}
+
+    def __iter__(self) -> Iterator[Key]:
+        """Every QLoRAJob there is."""
+        yield from list(self._qlorajobs)
+
+    def qlorajob(self, key: Key) -> Raw | None:
+        """The newest known version of the object; None when it is gone."""
+        indexed = next(iter(self._at(self._qlorajobs, key)), None)
+        writes = self._writes.get(key)
+        if indexed is None:
+            self._writes.pop(key, None)
+            return None
+        if writes is None or writes.job is None:
+            return indexed
+        if _is_newer(writes.job, indexed):
+            return writes.job
+        writes.job = None
+        return indexed
+
+    def jobs(self, key: Key) -> list[Raw]:
+        """Its Jobs, those just created included, those just deleted marked so."""
+        indexed = {job["metadata"]["name"]: job for job in self._at(self._jobs, key)}
+        writes = self._writes.get(key)
+        if writes is None:
+            return list(indexed.values())
+        now = self._clock()
+        uids = {job["metadata"]["uid"] for job in indexed.values()}
+        writes.created = {n: (j, t) for n, (j, t) in writes.created.items() if n not in indexed and now < t}
+        writes.deleted = {uid: until for uid, until in writes.deleted.items() if uid in uids and now < until}
+        created = [job for job, _ in writes.created.values()]
+        return [
+            _deleting(job) if job["metadata"]["uid"] in writes.deleted else job for job in indexed.values()
+        ] + created
+
+    def pods(self, key: Key) -> list[Raw]:
+        """Its Jobs' pods."""
+        return list(self._at(self._pods, key))
+
+    def wrote_qlorajob(self, key: Key, raw: Raw) -> None:
+        """The API server's answer to a change of the object."""
+        self._of(key).job = raw
+
+    def created_job(self, key: Key, raw: Raw) -> None:
+        """The API server's answer to a creation."""
+        self._of(key).created[raw["metadata"]["name"]] = (raw, self._clock() + FORGET_AFTER)
+
+    def deleted_job(self, key: Key, uid: str) -> None:
+        """The API server has accepted a deletion."""
+        self._of(key).deleted[uid] = self._clock() + FORGET_AFTER
+
+    def _of(self, key: Key) -> _Writes:
+        return self._writes.setdefault(key, _Writes())
+
+    @staticmethod
+    def _at(index: Index, key: Key) -> Iterable[Raw]:
+        return index[key] if key in index else ()  # noqa: SIM401 (kopf's indexes have no get)
+
+
+def _is_newer(one: Raw, other: Raw) -> bool:
+    """Resource versions of one object are numbers that grow (guaranteed since Kubernetes 1.35, true long before)."""
+    one_meta, other_meta = one["metadata"], other["metadata"]
+    if one_meta["uid"] != other_meta["uid"]:
+        return False
+    return int(one_meta["resourceVersion"]) > int(other_meta["resourceVersion"])
+
+
+def _deleting(job: Raw) -> Raw:
+    return {**job, "metadata": {**job["metadata"], "deletionTimestamp": "1970-01-01T00:00:00Z"}}

@@ -1,0 +1,90 @@
+"""The stage for handler tests: a namespace of its own, the chart's rights, and the operator as a process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.handlers.stage import CLAIM, REPOSITORY, OperatorProcess, Stage
+from tests.support.live import Cluster, eventually
+
+CHART = REPOSITORY / "charts" / "qlora-operator"
+CONFIG = {
+    "trainerImage": "qlora/none:none",
+    "imagePullPolicy": "Never",
+    "extraVolumes": [{"name": "never", "persistentVolumeClaim": {"claimName": CLAIM}}],
+    "progressIntervalSeconds": 0.5,
+}
+
+
+@pytest.fixture(scope="package")
+def _no_other_operator(cluster: Cluster) -> Iterator[None]:
+    """The installed operator serves all namespaces: it pauses while these tests run."""
+    deployment = ("deployment/qlora-operator", "-n", "qlora-system")
+    installed = cluster.try_kubectl("get", *deployment).returncode == 0
+    if installed:
+        cluster.kubectl("scale", *deployment, "--replicas=0")
+        cluster.kubectl("wait", "pod", "-n", "qlora-system", "--all", "--for=delete", "--timeout=60s")
+    yield
+    if installed:
+        cluster.kubectl("scale", *deployment, "--replicas=1")
+        cluster.kubectl("rollout", "status", *deployment, "--timeout=120s")
+
+
+@pytest.fixture(scope="module")
+def stage(
+    cluster: Cluster, _no_other_operator: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stage]:
+    """A running operator in a namespace where pods never get a node."""
+    name = request.module.__name__.rpartition(".")[2].replace("_", "-")
+    directory = tmp_path_factory.mktemp("operator")
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CHART / "crds"))
+    cluster.kubectl("delete", "namespace", name, "--ignore-not-found", "--wait")
+    cluster.kubectl("create", "namespace", name)
+    cluster.kubectl("-n", name, "apply", "-f", "-", input_text=json.dumps(_claim()))
+    config = directory / "config.yaml"
+    config.write_text(json.dumps(CONFIG))
+    operator = OperatorProcess(name, _kubeconfig(cluster, name, directory), config, directory / "operator.log")
+    operator.start()
+    yield Stage(cluster, name, operator)
+    operator.stop()
+    cluster.kubectl("-n", name, "delete", "qlj", "--all")  # else the installed operator tries to serve them
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def _claim() -> dict[str, object]:
+    spec = {"accessModes": ["ReadWriteOnce"], "storageClassName": "", "volumeName": "no-such-volume"}
+    resources = {"requests": {"storage": "1Gi"}}
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": CLAIM},
+        "spec": spec | {"resources": resources},
+    }
+
+
+def _kubeconfig(cluster: Cluster, namespace: str, directory: Path) -> Path:
+    """A kubeconfig of the chart's ServiceAccount, with the chart's Role in that namespace and no other right."""
+    release = "handlers"
+    rendered = cluster.target.helm(
+        *("template", release, str(CHART), "--namespace", namespace, "--kube-version", "1.36.0"),
+        *("--set", f"watchNamespaces={{{namespace}}}", "--show-only", "templates/rbac.yaml"),
+    )
+    cluster.kubectl("-n", namespace, "apply", "-f", "-", input_text=rendered)
+    account = f"{release}-qlora-operator"
+    token = cluster.kubectl("-n", namespace, "create", "token", account, "--duration=4h").strip()
+    config = json.loads(cluster.kubectl("config", "view", "--raw", "--flatten", "--minify", "-o", "json"))
+    config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]
+    path = directory / "kubeconfig"
+    path.write_text(json.dumps(config))
+    eventually(lambda: _may_list(cluster, namespace, account), 10, "the Role is in force")
+    return path
+
+
+def _may_list(cluster: Cluster, namespace: str, account: str) -> bool:
+    question = ("auth", "can-i", "list", "qlorajobs.qlora.dev", "-n", namespace)
+    who = f"--as=system:serviceaccount:{namespace}:{account}"
+    return cluster.try_kubectl(*question, who).stdout.strip() == "yes"

@@ -1,0 +1,100 @@
+"""What the chart renders, with the real helm: values are checked, the operator understands its configuration."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from cluster.shell import ClusterError
+from qlora_operator.config import OperatorConfig
+from tests.handlers.stage import REPOSITORY
+from tests.support.live import Cluster
+
+pytestmark = pytest.mark.cluster
+CHART = str(REPOSITORY / "charts" / "qlora-operator")
+
+
+def render(cluster: Cluster, *values: str) -> list[dict[str, Any]]:
+    options = [argument for value in values for argument in ("--set-json", value)]
+    text = cluster.target.helm("template", "qlora-operator", CHART, "--kube-version", "1.36.0", *options)
+    return [json.loads(json.dumps(found)) for found in YAML(typ="safe").load_all(text) if found]
+
+
+def of_kind(objects: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [found for found in objects if found["kind"] == kind]
+
+
+def configuration(objects: list[dict[str, Any]]) -> OperatorConfig:
+    text = of_kind(objects, "ConfigMap")[0]["data"]["config.yaml"]
+    return OperatorConfig.model_validate(YAML(typ="safe").load(io.StringIO(text)))
+
+
+def test_the_default_values_are_the_operators_defaults(cluster: Cluster) -> None:
+    assert configuration(render(cluster)) == OperatorConfig()
+
+
+def test_values_reach_the_operator(cluster: Cluster) -> None:
+    config = configuration(
+        render(
+            cluster,
+            "allowRemoteCode=true",
+            'gpuClasses=[{"name":"mine","memoryMiB":24000,"bf16":false}]',
+            'trainer.extraEnv=[{"name":"HF_ENDPOINT","value":"http://mirror"}]',
+            'trainer.image={"repository":"r/t","tag":"2"}',
+        )
+    )
+    assert config.allow_remote_code
+    assert config.gpu_classes[0].name == "mine"
+    assert config.extra_env[0]["name"] == "HF_ENDPOINT"
+    assert config.trainer_image == "r/t:2"
+
+
+@pytest.mark.parametrize(
+    "value", ["unknown=1", 'trainer.extraEnv="x"', 'gpuClasses=[{"name":"auto","memoryMiB":24000}]', "image.tagg=1"]
+)
+def test_wrong_values_are_refused(cluster: Cluster, value: str) -> None:
+    with pytest.raises(ClusterError, match="schema"):
+        render(cluster, value)
+
+
+def test_the_operator_may_do_this_and_no_more(cluster: Cluster) -> None:
+    role = next(r for r in of_kind(render(cluster), "ClusterRole") if r["metadata"]["name"] == "qlora-operator")
+    granted = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
+    assert granted == {
+        ("qlorajobs", "list"),
+        ("qlorajobs", "watch"),
+        ("qlorajobs/status", "patch"),
+        ("jobs", "list"),
+        ("jobs", "watch"),
+        ("jobs", "create"),
+        ("jobs", "delete"),
+        ("pods", "list"),
+        ("pods", "watch"),
+        ("events", "create"),
+        ("events", "list"),
+    }
+
+
+def test_an_operator_of_some_namespaces_gets_no_cluster_role(cluster: Cluster) -> None:
+    objects = render(cluster, 'watchNamespaces=["a","b"]', "aggregateRoles=false")
+    assert of_kind(objects, "ClusterRole") == []
+    assert [role["metadata"]["namespace"] for role in of_kind(objects, "Role")] == ["a", "b"]
+    arguments = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert {"--namespace=a", "--namespace=b"} <= set(arguments)
+    assert "--all-namespaces" not in arguments
+
+
+def test_one_operator_ends_before_the_next_starts(cluster: Cluster) -> None:
+    spec = of_kind(render(cluster), "Deployment")[0]["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+
+
+def test_monitors_are_there_on_request(cluster: Cluster) -> None:
+    objects = render(cluster, "monitoring.podMonitor.enabled=true", "monitoring.serviceMonitor.enabled=true")
+    assert of_kind(objects, "PodMonitor")
+    assert of_kind(objects, "ServiceMonitor")
+    assert not of_kind(render(cluster), "PodMonitor")

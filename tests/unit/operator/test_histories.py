@@ -1,0 +1,173 @@
+"""reconcile under any history of edits, crashes, losses and ends: what must never happen, and that it gets there."""
+
+from __future__ import annotations
+
+import json
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from qlora_operator.decision import DeleteJob
+from qlorajob.errors import ExitCode, Reason
+from qlorajob.status import Phase
+from tests.support.reports import adapter, failure, merge_report, prepare_report, train_report
+from tests.unit.operator.world import World, qlorajob
+
+SEEDS = st.integers(0, 3)
+STEPS = ("prepare", "train", "merge")
+
+
+class Histories(RuleBasedStateMachine):
+    """The cluster, users and accidents in any order. `finished` plays S3: what has a manifest there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(qlorajob({"training": {"seed": 0}}))
+        self.finished: set[str] = set()
+        self.trained: list[str] = []
+
+    # The operator
+
+    @rule()
+    def look(self) -> None:
+        self.world.look()
+
+    @rule()
+    def die_before_the_status_is_written(self) -> None:
+        self.world.look(record=False)
+
+    # Users
+
+    @rule(seed=SEEDS)
+    def edit_the_seed(self, seed: int) -> None:
+        self.world.edit({"training": {"seed": seed}})
+
+    @rule(enabled=st.booleans())
+    def edit_merge(self, enabled: bool) -> None:
+        self.world.edit({"merge": {"enabled": enabled}})
+
+    @rule(suspend=st.booleans())
+    def edit_suspend(self, suspend: bool) -> None:
+        self.world.edit({"suspend": suspend})
+
+    @rule(value=st.sampled_from("ab"))
+    def ask_for_a_retry(self, value: str) -> None:
+        self.world.edit(annotations={"qlora.dev/retry-at": value})
+
+    # The cluster
+
+    @rule()
+    def collect_pods(self) -> None:
+        self.world.collect()
+
+    # Jobs are lost only once the status names them. One that the operator made in its last breath and that ends and
+    # expires before another operator starts is unknown to reconcile: there the trainer's own look into S3 has to do.
+
+    @rule()
+    def expire_finished_jobs(self) -> None:
+        gone = {name for name, job in self.world.jobs.items() if not job.live} & self.world.recorded
+        self.world.jobs = {name: job for name, job in self.world.jobs.items() if name not in gone}
+        self.world.collect()
+
+    @precondition(lambda self: self.world.jobs.keys() & self.world.recorded)
+    @rule(data=st.data())
+    def lose_a_job(self, data: st.DataObject) -> None:
+        del self.world.jobs[data.draw(st.sampled_from(sorted(self.world.jobs.keys() & self.world.recorded)))]
+
+    # The trainer
+
+    def _only_live_pod(self, step: str) -> bool:
+        jobs = {job.uid for job in self.world.jobs.values() if job.live}
+        live = [pod for pod in self.world.pods.values() if pod.step == step and pod.live]
+        return len(live) == 1 and live[0].job_uid in jobs
+
+    @precondition(lambda self: self._only_live_pod("train"))
+    @rule()
+    def start_training(self) -> None:
+        self.world.run()
+
+    @precondition(lambda self: self._only_live_pod("prepare"))
+    @rule()
+    def end_prepare(self) -> None:
+        pod = self.world.pod("prepare")
+        key = _key_of(self.world, pod.job_name)
+        run_id = f"run-{key}"
+        done = adapter(run_id) if run_id in self.finished else None
+        self.world.end("prepare", 0, prepare_report(key, run_id, artifacts=done))
+
+    @precondition(lambda self: self._only_live_pod("train"))
+    @rule()
+    def end_training(self) -> None:
+        pod = self.world.pod("train")
+        run_id = self.world.manifests[pod.job_name]["metadata"]["labels"]["qlora.dev/run"]
+        self.trained.append(run_id)
+        self.finished.add(run_id)
+        self.world.end("train", 0, train_report(run_id))
+
+    @precondition(lambda self: self._only_live_pod("merge"))
+    @rule()
+    def end_merge(self) -> None:
+        pod = self.world.pod("merge")
+        run_id = self.world.manifests[pod.job_name]["metadata"]["labels"]["qlora.dev/run"]
+        self.world.end("merge", 0, merge_report(run_id))
+
+    @rule(step=st.sampled_from(STEPS), code=st.sampled_from([ExitCode.INVALID, ExitCode.OUT_OF_MEMORY]))
+    def fail(self, step: str, code: ExitCode) -> None:
+        if self._only_live_pod(step):
+            self.world.end(step, code, failure(step, code, Reason.DATASET_INVALID, "no"))
+
+    # What must hold
+
+    @invariant()
+    def at_most_one_live_training_job(self) -> None:
+        assert len(self.world.live("train")) <= 1
+
+    @invariant()
+    def at_most_one_pod_writes_to_s3(self) -> None:
+        writers = [pod for pod in self.world.pods.values() if pod.live and pod.step != "prepare"]
+        assert len(writers) <= 1
+
+    @invariant()
+    def no_run_is_trained_twice(self) -> None:
+        assert len(self.trained) == len(set(self.trained))
+
+    @invariant()
+    def complete_and_failed_exclude_each_other(self) -> None:
+        assert not {"Complete", "Failed"} <= self.world.true()
+
+    @invariant()
+    def ready_means_complete(self) -> None:
+        true = self.world.true()
+        assert ("Ready" in true) == ("Complete" in true)
+
+    def teardown(self) -> None:
+        """With a cluster that works and a user who asks again, every history ends well, and rests."""
+        self.world.edit({"suspend": False})
+        for number in range(25):
+            if self.world.status.phase is Phase.FAILED:
+                self.world.edit({"backoffLimit": number})
+            self.world.collect()
+            self.world.look()
+            for step, end in (("prepare", self.end_prepare), ("train", self.end_training), ("merge", self.end_merge)):
+                if self._only_live_pod(step):
+                    end()
+            self.world.now = self.world.now.replace(year=self.world.now.year + 1)
+        assert self.world.status.phase is Phase.SUCCEEDED
+        decision = self.world.look()
+        assert not [action for action in decision.actions if not isinstance(action, DeleteJob)]
+        self.no_run_is_trained_twice()
+
+
+def _key_of(world: World, job_name: str) -> str:
+    """The key that this Job's RunConfig holds."""
+    container = world.manifests[job_name]["spec"]["template"]["spec"]["containers"][0]
+    config = next(item["value"] for item in container["env"] if item["name"] == "QLORA_RUN_CONFIG")
+    key: str = json.loads(config)["key"]
+    return key
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
