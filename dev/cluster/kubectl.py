@@ -1,0 +1,38 @@
+"""The cluster through its own kubectl."""
+
+import json
+from typing import Any
+
+from cluster.layout import Layout
+from cluster.shell import ClusterError, run, succeeds
+
+
+def kubectl(paths: Layout, *arguments: str, input_text: str | None = None) -> str:
+    """Run kubectl as the cluster's administrator and return what it printed."""
+    return run([paths.bin / "kubectl", f"--kubeconfig={paths.kubeconfig}", *arguments], input_text=input_text)
+
+
+def apply(paths: Layout, manifests: str) -> None:
+    """Bring objects to the state that a manifest describes, whether they exist or not."""
+    kubectl(paths, "apply", "--server-side", "--force-conflicts", "-f", "-", input_text=manifests)
+
+
+def exists(paths: Layout, kind: str, name: str, namespace: str = "default") -> bool:
+    """Whether an object is there."""
+    return succeeds(
+        [paths.bin / "kubectl", f"--kubeconfig={paths.kubeconfig}", "-n", namespace, "get", kind, name, "-o", "name"]
+    )
+
+
+def wait_for_deployment(paths: Layout, namespace: str, name: str, seconds: int = 120) -> None:
+    """Wait until every pod of a deployment is ready; on failure show what the cluster says about it."""
+    try:
+        kubectl(paths, "-n", namespace, "rollout", "status", f"deployment/{name}", f"--timeout={seconds}s")
+    except ClusterError as error:
+        pods = kubectl(paths, "-n", namespace, "describe", "pods")
+        raise ClusterError(f"{error}\n{pods}") from None
+
+
+def get(paths: Layout, *arguments: str) -> dict[str, Any]:
+    """Read an object or a list."""
+    return dict(json.loads(kubectl(paths, "get", *arguments, "-o", "json")))

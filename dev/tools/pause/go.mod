@@ -1,0 +1,3 @@
+module github.com/qlora-operator/qlora-operator/dev/tools/pause
+
+go 1.26.0
