@@ -67,6 +67,8 @@ def _start_api_server(paths: Layout, tls: ssl.SSLContext) -> None:
         f"--proxy-client-cert-file={pki}/front-proxy-client.crt",
         f"--proxy-client-key-file={pki}/front-proxy-client.key",
         "--enable-aggregator-routing=true",
+        f"--audit-policy-file={layout.SOURCE}/config/audit.yaml",
+        f"--audit-log-path={paths.log_file('audit')}",
     ]
     processes.start(paths, "kube-apiserver", command, ready=lambda: processes.answers(f"{_API}/readyz", tls))
 

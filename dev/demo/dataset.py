@@ -1,18 +1,15 @@
 """The demo's instruction set: names of languages and their ISO 639-3 codes, made from the pycountry package.
 
-A real standard (ISO 639-3 as SIL publishes it) that a 135M model doesn't know: asked for a code it talks about the
-language instead. Most codes abbreviate the name, so what is learnt carries over to held-out languages.
+A real standard (ISO 639-3 as SIL publishes it; the languages that ISO 639-1 has a code for too) that a 135M model doesn't
+know: asked for a code it makes up digits. Most codes abbreviate the name, so what is learnt carries over to held-out rows.
 """
 
 from __future__ import annotations
 
 import json
-import random
 
 import pycountry
 
-ROWS = 800
-SEED = 639
 KINDS = {"L": "a living", "E": "an extinct", "H": "a historical", "C": "a constructed"}
 QUESTION = "What is the ISO 639-3 code of {name}?"
 TAUGHT = ("Zulu", "Hausa", "Xhosa")
@@ -20,24 +17,14 @@ TAUGHT = ("Zulu", "Hausa", "Xhosa")
 
 
 def rows() -> list[dict[str, str]]:
-    """ROWS rows of instruction, input and output; the same ones every time, the taught languages among them."""
-    languages = [
-        language
-        for language in pycountry.languages
-        if language.scope == "I" and language.type in KINDS and language.name.isascii() and language.name.isalpha()
-    ]
-    taught = [language for language in languages if language.name in TAUGHT]
-    others = [language for language in languages if language.name not in TAUGHT]
-    shuffled = random.Random(SEED)  # noqa: S311 - a sample, not a secret
-    chosen = taught + shuffled.sample(others, ROWS - len(taught))
-    shuffled.shuffle(chosen)
+    """One row for each language, with instruction and output."""
     return [
         {
             "instruction": QUESTION.format(name=language.name),
-            "input": "",
             "output": f"{language.alpha_3} ({language.name}, {KINDS[language.type]} language)",
         }
-        for language in chosen
+        for language in pycountry.languages
+        if hasattr(language, "alpha_2") and language.type in KINDS
     ]
 
 

@@ -51,6 +51,8 @@ def run_manifest(path: Path, *, work_dir: Path, allow_remote_code: bool = False)
         ManifestError: the manifest is wrong or needs a cluster.
         StepFailed: a step failed; the exit code is the trainer's.
     """
+    # `kill` and a CI system's time-out mean what Ctrl-C means: save a checkpoint, then stop.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     job = load_manifest(path)
     _refuse_cluster_only(job.spec)
     steps = LocalSteps(job, work_dir / job.metadata.name, allow_remote_code=allow_remote_code)

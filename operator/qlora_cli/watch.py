@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 from kubernetes import client, config, watch
+
 from qlora_cli.display import ProgressDisplay
 from qlorajob.names import GROUP, PLURAL, VERSION
 from qlorajob.status import Condition, QLoRAJobStatus
@@ -19,22 +21,32 @@ def current_namespace() -> str:
 
 
 def _statuses(api: client.CustomObjectsApi, namespace: str, name: str, deadline: float | None) -> Iterator[Any]:
-    """Every new state of the object, from now on. Ends when the deadline has passed."""
+    """The object as it is, then every new state of it. Ends when the deadline has passed."""
+    kind = (GROUP, VERSION, namespace, PLURAL)
+    only = f"metadata.name={name}"
     while deadline is None or time.monotonic() < deadline:
+        # A watch continues a list: without the list's version it would wait for the API server's cache to catch up.
+        listed = api.list_namespaced_custom_object(*kind, field_selector=only)
+        if not listed["items"]:
+            raise LookupError(f"there is no qlorajob {name} in namespace {namespace}")
+        yield from listed["items"]
         left = 3600 if deadline is None else max(1, int(deadline - time.monotonic()))
-        stream = watch.Watch().stream(
-            api.list_namespaced_custom_object,
-            GROUP,
-            VERSION,
-            namespace,
-            PLURAL,
-            field_selector=f"metadata.name={name}",
-            timeout_seconds=left,
-        )
-        for event in stream:
-            if event["type"] == "DELETED":
-                raise LookupError(f"qlorajob {namespace}/{name} was deleted")
-            yield event["object"]
+        version = listed["metadata"]["resourceVersion"]
+        watching = watch.Watch()
+        try:
+            for event in watching.stream(
+                api.list_namespaced_custom_object,
+                *kind,
+                field_selector=only,
+                resource_version=version,
+                timeout_seconds=left,
+            ):
+                if event["type"] == "DELETED":
+                    raise LookupError(f"qlorajob {namespace}/{name} was deleted")
+                yield event["object"]
+        except client.ApiException as error:
+            if error.status != HTTPStatus.GONE:  # the version is too old: list again
+                raise
 
 
 def _condition(status: QLoRAJobStatus, kind: str) -> Condition | None:
@@ -46,18 +58,15 @@ def watch_job(name: str, *, namespace: str | None = None, timeout: float | None 
     """Show the job's progress until it has ended. True when it is Complete.
 
     Raises:
-        LookupError: there is no such job, or it was deleted meanwhile.
+        LookupError: there is no cluster or no such job, or it was deleted meanwhile.
         TimeoutError: it had not ended after `timeout` seconds.
     """
-    config.load_kube_config()
+    try:
+        config.load_kube_config()
+    except config.ConfigException:
+        raise LookupError("there is no kubeconfig: set KUBECONFIG, or use `qlora run` without a cluster") from None
     namespace = namespace or current_namespace()
     api = client.CustomObjectsApi()
-    try:
-        api.get_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, name)
-    except client.ApiException as error:
-        if error.status == 404:
-            raise LookupError(f"there is no qlorajob {name} in namespace {namespace}") from None
-        raise
     deadline = None if timeout is None else time.monotonic() + timeout
     with ProgressDisplay() as display:
         said: str | None = None

@@ -1,0 +1,40 @@
+"""Fixtures of every test: the real local cluster. `make test` starts it; its absence is an error, never a skip."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from cluster import environment, templates
+from demo.target import find
+from tests.support.live import Cluster, Namespace, write_s3_secret
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Cluster:
+    """The local cluster with the operator installed."""
+    os.environ.pop("KUBECONFIG", None)
+    return Cluster(find())
+
+
+@pytest.fixture(scope="module")
+def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Namespace]:
+    """A fresh namespace for this module, enforcing the restricted Pod Security Standard; deleted afterwards."""
+    stem = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    name = f"test-{re.sub('[^a-z0-9]+', '-', stem.lower())}"
+    paths = cluster.layout
+    cluster.kubectl("delete", "namespace", name, "--ignore-not-found", "--wait")
+    cluster.kubectl("delete", "pv", f"qlora-env-{name}", "--ignore-not-found")
+    cluster.kubectl(
+        *("apply", "--server-side", "-f", "-"),
+        input_text=templates.render(paths, "manifests/namespaces.yaml", namespace=name),
+    )
+    environment.claim(paths, name)
+    made = Namespace(cluster, name)
+    write_s3_secret(made)
+    yield made
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    cluster.kubectl("delete", "pv", f"qlora-env-{name}", "--wait=false")

@@ -1,0 +1,67 @@
+"""What the end-to-end tests train on: a tiny model and a tiny dataset in the cluster's real S3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.layout import cache_directory
+from demo.seed import MODEL
+from tests.support import tiny
+from tests.support.live import Cluster, Manifest, Namespace, merged
+
+BUCKET = "e2e"
+
+
+@pytest.fixture(scope="session")
+def s3(cluster: Cluster) -> Any:
+    """A boto3 client for the cluster's S3 server, with the bucket of these tests emptied."""
+    client = cluster.target.s3()
+    if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+        client.create_bucket(Bucket=BUCKET)
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
+        for item in page.get("Contents", []):
+            client.delete_object(Bucket=BUCKET, Key=item["Key"])
+    return client
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """s3://e2e/tiny-model and s3://e2e/tiny-data; returns the model's local directory."""
+    directory = tmp_path_factory.mktemp("tiny-model")
+    tiny.write_model(directory, cache_directory() / "models" / MODEL)
+    for file in directory.iterdir():
+        s3.upload_file(str(file), BUCKET, f"tiny-model/{file.name}")
+    s3.put_object(Bucket=BUCKET, Key="tiny-data/rows.jsonl", Body=tiny.jsonl())
+    return directory
+
+
+@pytest.fixture
+def manifest(namespace: Namespace, tiny_inputs: Path) -> Callable[..., Manifest]:
+    """A factory of small QLoRAJobs: `manifest("name", {"training": {"maxSteps": 2}})`."""
+    return lambda name, spec=None: tiny_manifest(namespace, name, spec)
+
+
+def tiny_manifest(namespace: Namespace, name: str, spec: Manifest | None = None) -> Manifest:
+    """A QLoRAJob that trains in seconds; `spec` is merged over it."""
+    base = {
+        "model": {"uri": f"s3://{BUCKET}/tiny-model"},
+        "dataset": {"uri": f"s3://{BUCKET}/tiny-data"},
+        "lora": {"rank": 4},
+        "training": {"maxSteps": 3, "globalBatchSize": 2, "maxSequenceLength": 64, "loggingSteps": 1},
+        "resources": {"gpuClass": "cpu"},
+        "output": {
+            "uri": f"s3://{BUCKET}/{namespace.name}/{name}",
+            "endpoint": namespace.cluster.target.endpoint,
+            "credentialsSecretRef": {"name": "s3-credentials"},
+        },
+    }
+    return {
+        "apiVersion": "qlora.dev/v1alpha1",
+        "kind": "QLoRAJob",
+        "metadata": {"name": name},
+        "spec": merged(base, spec or {}),
+    }

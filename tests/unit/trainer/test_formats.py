@@ -1,0 +1,171 @@
+"""From rows to documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qlora_trainer.formats import IGNORED, Columns, Encoder
+from qlora_trainer.rows import RawData, Row
+from qlorajob.errors import Reason, StepError
+from qlorajob.spec import DatasetSpec
+
+
+def _spec(**fields: Any) -> DatasetSpec:
+    return DatasetSpec.model_validate({"uri": "s3://bucket/rows.jsonl", **fields})
+
+
+def _data(*records: dict[str, Any]) -> RawData:
+    return RawData([Row(record, f"line {number}") for number, record in enumerate(records, start=1)], "digest")
+
+
+def _encode(tokenizer: Any, record: dict[str, Any], **spec: Any) -> tuple[list[int], list[int]] | None:
+    data = _data(record)
+    encoder = Encoder(tokenizer, _spec(**spec), Columns.detect(_spec(**spec), data))
+    (document,) = encoder.encode(data.rows)
+    return document
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "expected"),
+    [
+        ({"text": "x"}, {}, "text"),
+        ({"quote": "x", "author": "y"}, {"text": "quote"}, "text"),
+        ({"instruction": "x", "output": "y"}, {}, "instruction"),
+        ({"instruction": "x", "input": "", "output": "y", "text": "z"}, {}, "instruction"),
+        ({"instruction": "x", "output": "y", "text": "z"}, {"text": "text"}, "text"),
+        ({"question": "x", "answer": "y"}, {"instruction": "question"}, "instruction"),
+        ({"prompt": "x", "completion": "y"}, {}, "prompt-completion"),
+        ({"messages": []}, {}, "chat"),
+        ({"conversations": []}, {}, "chat"),
+    ],
+)
+def test_auto_finds_the_format_by_the_columns(record: dict[str, Any], columns: dict[str, str], expected: str) -> None:
+    assert Columns.detect(_spec(columns=columns), _data(record)).format == expected
+
+
+def test_a_column_that_the_manifest_names_must_be_there() -> None:
+    with pytest.raises(StepError, match="there is no column answers; the dataset has question, answer") as refused:
+        Columns.detect(_spec(columns={"output": "answers"}), _data({"question": "x", "answer": "y"}))
+    assert (refused.value.reason, refused.value.field) == (Reason.COLUMN_MISSING, "dataset.columns.output")
+
+
+def test_a_format_needs_its_columns() -> None:
+    with pytest.raises(StepError, match="format instruction needs a column output; the dataset has instruction"):
+        Columns.detect(_spec(format="instruction"), _data({"instruction": "x"}))
+
+
+def test_columns_that_fit_no_format_are_listed() -> None:
+    with pytest.raises(StepError, match="can't tell the format from the columns a, b") as refused:
+        Columns.detect(_spec(), _data({"a": "x", "b": "y"}))
+    assert refused.value.field == "dataset.format"
+
+
+def test_text_is_learnt_whole_and_ends_with_the_end_token(tokenizer: Any) -> None:
+    ids, labels = _encode(tokenizer, {"text": "code of zulu"}) or ([], [])
+    assert tokenizer.decode(ids) == "code of zulu</s>"
+    assert labels == ids
+
+
+def test_an_end_token_that_is_there_is_not_doubled(tokenizer: Any) -> None:
+    ids, _ = _encode(tokenizer, {"text": "zulu</s>"}) or ([], [])
+    assert tokenizer.decode(ids) == "zulu</s>"
+
+
+def test_an_instruction_row_is_learnt_whole(tokenizer: Any) -> None:
+    record = {"instruction": "code of zulu", "output": "zul"}
+    ids, labels = _encode(tokenizer, record, template="{{ instruction }}>{{ output }}") or ([], [])
+    assert tokenizer.decode(ids) == "code of zulu>zul</s>"
+    assert labels == ids
+
+
+def test_of_prompt_and_completion_only_the_completion_is_learnt(tokenizer: Any) -> None:
+    ids, labels = _encode(tokenizer, {"prompt": "code of zulu:", "completion": " zul"}) or ([], [])
+    learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(ids) == "code of zulu: zul</s>"
+    assert tokenizer.decode(learnt) == " zul</s>"
+
+
+def test_a_token_across_the_border_belongs_to_the_completion(tokenizer: Any) -> None:
+    ids, labels = _encode(tokenizer, {"prompt": "code of zulu: ", "completion": "zul"}) or ([], [])
+    learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(learnt) == " zul</s>"
+
+
+def test_a_chat_is_learnt_whole_where_the_template_marks_no_answers(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "code?"}, {"role": "assistant", "content": "zul"}]
+    ids, labels = _encode(tokenizer, {"messages": messages}) or ([], [])
+    assert tokenizer.decode(ids) == "<|user|>code?</s><|assistant|>zul</s>"
+    assert labels == ids
+
+
+def test_of_a_chat_only_the_answers_are_learnt_where_the_template_marks_them(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = (
+        "{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}"
+        "{% generation %}{{ message.content }}</s>{% endgeneration %}{% else %}{{ message.content }}</s>{% endif %}"
+        "{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", marked)
+    messages = [{"role": "user", "content": "code?"}, {"role": "assistant", "content": "zul"}]
+    ids, labels = _encode(tokenizer, {"messages": messages}) or ([], [])
+    learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(learnt) == "zul</s>"
+
+
+def test_share_gpt_turns_are_understood(tokenizer: Any) -> None:
+    turns = [{"from": "human", "value": "code?"}, {"from": "gpt", "value": "zul"}]
+    ids, _ = _encode(tokenizer, {"conversations": turns}) or ([], [])
+    assert tokenizer.decode(ids) == "<|user|>code?</s><|assistant|>zul</s>"
+
+
+def test_a_chat_needs_a_chat_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(StepError, match="no chat template") as refused:
+        _encode(tokenizer, {"messages": [{"role": "user", "content": "x"}]})
+    assert refused.value.reason is Reason.TEMPLATE_INVALID
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "  "},
+        {"text": None},
+        {"instruction": "x", "output": ""},
+        {"prompt": "x", "completion": " "},
+        {"messages": []},
+    ],
+)
+def test_a_row_with_nothing_to_learn_is_dropped(tokenizer: Any, record: dict[str, Any]) -> None:
+    assert _encode(tokenizer, record) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"text": ["x"]}, "line 1: column text holds list, not text"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "line 1: column messages must be a list of messages"),
+        ({"messages": "hello"}, "line 1: column messages must be a list of messages"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_its_row(tokenizer: Any, record: dict[str, Any], words: str) -> None:
+    with pytest.raises(StepError, match=words) as refused:
+        _encode(tokenizer, record)
+    assert refused.value.reason is Reason.DATASET_INVALID
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"text": "x"}, "zulu?"),
+        ({"prompt": "x", "completion": "y"}, "zulu?"),
+        ({"instruction": "x", "output": "y"}, "Q zulu? A "),
+        ({"messages": []}, "<|user|>zulu?</s><|assistant|>"),
+    ],
+)
+def test_a_prompt_is_put_as_the_rows_were(tokenizer: Any, record: dict[str, Any], expected: str) -> None:
+    spec = _spec(template="Q {{ instruction }} A {{ output }}")
+    encoder = Encoder(tokenizer, spec, Columns.detect(spec, _data(record)))
+    assert tokenizer.decode(encoder.prompt_ids("zulu?")) == expected

@@ -1,0 +1,155 @@
+"""How a process ends: exit code, report, logs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_trainer import logs
+from qlora_trainer.__main__ import diagnose
+from qlora_trainer.settings import Settings, arrange_environment, usable_cpus
+from qlora_trainer.signals import Stopped, StopSignal
+from qlorajob.errors import ExitCode, Reason, StepError
+from qlorajob.run import RunReport
+from tests.unit.trainer.jobs import Job
+
+ROOT = Path(__file__).parents[3]
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch.cuda's is called."""
+
+
+class EndpointConnectionError(Exception):
+    """As botocore's, with a text that nobody should read."""
+
+    __module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (StepError(Reason.MODEL_NOT_FOUND, "x", field="model.uri"), ExitCode.INVALID, Reason.MODEL_NOT_FOUND),
+        (Stopped(), ExitCode.INTERRUPTED, Reason.INTERRUPTED),
+        (OutOfMemoryError("CUDA out of memory. Tried"), ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY),
+        (MemoryError(), ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY),
+        (OSError(errno.ENOSPC, "No space left"), ExitCode.INVALID, Reason.STORAGE_UNAVAILABLE),
+        (ConnectionResetError("reset"), ExitCode.TRANSIENT, Reason.STORAGE_UNAVAILABLE),
+        (EndpointConnectionError("AKIA"), ExitCode.TRANSIENT, Reason.STORAGE_UNAVAILABLE),
+        (ValueError("a bug"), ExitCode.TRANSIENT, Reason.INTERNAL_ERROR),
+    ],
+)
+def test_every_error_has_a_code_and_a_reason(error: BaseException, code: ExitCode, reason: Reason) -> None:
+    end = diagnose(error, "train")
+    assert (end.code, end.reason) == (code, reason)
+
+
+def test_a_network_library_s_words_stay_out_of_the_message() -> None:
+    assert "AKIA" not in diagnose(EndpointConnectionError("AKIA"), "train").message
+
+
+def test_a_full_disk_names_the_field() -> None:
+    assert diagnose(OSError(errno.ENOSPC, "x"), "train").field == "resources.ephemeralStorage"
+
+
+def test_a_stop_is_raised_at_once() -> None:
+    with pytest.raises(Stopped):
+        StopSignal()._handle(signal.SIGTERM, None)
+
+
+def test_a_second_stop_is_not_raised_again() -> None:
+    stop = StopSignal()
+    stop.requested = True
+    stop._handle(signal.SIGTERM, None)
+    assert stop.requested
+
+
+def test_a_deferred_stop_is_only_remembered() -> None:
+    stop = StopSignal()
+    with stop.deferred():
+        stop._handle(signal.SIGTERM, None)
+    assert stop.requested
+
+
+def test_a_log_line_is_json_with_the_job_s_key() -> None:
+    record = logging.LogRecord("x", logging.INFO, "x.py", 1, "step %d", (3,), None)
+    record.loss = 2.5
+    line = json.loads(logs.JsonFormatter({"job": "team/codes", "step": "train"}).format(record))
+    assert (line["message"], line["job"], line["step"], line["loss"]) == ("step 3", "team/codes", "train", 2.5)
+
+
+def test_a_log_line_hides_secrets_in_messages_and_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "top-secret-value")
+    try:
+        raise ValueError("signed with top-secret-value")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "x.py", 1, "top-secret-value", (), sys.exc_info())
+    assert "top-secret-value" not in logs.JsonFormatter({}).format(record)
+
+
+def test_every_cache_is_below_the_work_folder(job: Job) -> None:
+    env: dict[str, str] = {}
+    arrange_environment(env, job.settings())
+    work = str(job.folder / "work")
+    assert all(env[name].startswith(work) for name in ("HF_HOME", "HF_DATASETS_CACHE", "TORCHINDUCTOR_CACHE_DIR"))
+
+
+def test_a_mounted_cache_claim_holds_the_weights(job: Job) -> None:
+    cache = job.folder / "mounts" / "cache"
+    cache.mkdir(parents=True)
+    env: dict[str, str] = {}
+    arrange_environment(env, job.change(model={"cacheClaim": "weights"}).settings())
+    assert env["HF_HOME"] == str(cache)
+
+
+def test_at_least_one_cpu_is_usable() -> None:
+    assert 1 <= usable_cpus() <= (os.cpu_count() or 1)
+
+
+def test_a_broken_run_config_is_an_invalid_spec() -> None:
+    with pytest.raises(StepError, match="QLORA_RUN_CONFIG: spec: Field required") as refused:
+        Settings.from_env({"QLORA_RUN_CONFIG": '{"namespace": "", "name": "x", "key": ""}'})
+    assert refused.value.reason is Reason.INVALID_SPEC
+
+
+def _start(job: Job, step: str) -> subprocess.Popen[str]:
+    env = {**os.environ, **job.environment(job.config()), "PYTHONPATH": f"{ROOT}/operator:{ROOT}/trainer_image"}
+    command = [sys.executable, "-m", "qlora_trainer", step]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _report(job: Job) -> RunReport:
+    return RunReport.model_validate_json((job.folder / "report.json").read_text())
+
+
+def test_a_refusal_is_reported_with_reason_field_and_message(job: Job) -> None:
+    process = _start(job.change(resources={"gpuClass": None, "gpus": 2}), "prepare")
+    assert process.wait(timeout=120) == ExitCode.INVALID
+    report = _report(job)
+    assert (report.reason, report.field) == (Reason.UNSUPPORTED, "resources.gpus")
+    assert report.message.startswith("resources.gpus: ")
+
+
+def test_a_process_that_is_asked_to_stop_says_so(job: Job) -> None:
+    process = _start(job, "prepare")
+    assert process.stdout is not None
+    assert "output done" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == ExitCode.INTERRUPTED
+    assert _report(job).reason is Reason.INTERRUPTED
+
+
+def test_an_unknown_command_prints_the_usage(job: Job) -> None:
+    process = _start(job, "fine-tune")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.INVALID
+    assert "usage: python -m qlora_trainer prepare|train|merge" in output

@@ -1,0 +1,182 @@
+"""prepare: what it finds out, and what it refuses before any GPU is asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlorajob.errors import Reason, StepError
+from tests.unit.trainer.jobs import Job
+
+
+def test_the_facts_are_those_of_the_model(job: Job, model_folder: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(model_folder / "model.safetensors", framework="pt") as weights:
+        parameters = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
+    facts = job.prepare().facts
+    assert (facts.model_type, facts.layers, facts.hidden_size) == ("llama", 2, 64)
+    assert facts.parameters == parameters
+    assert facts.weight_bytes == (model_folder / "model.safetensors").stat().st_size
+
+
+def test_rows_and_steps_are_counted(job: Job) -> None:
+    prepared = job.prepare()
+    assert (prepared.train_rows, prepared.validation_rows, prepared.total_steps) == (43, 5, 4)
+
+
+def test_the_same_inputs_give_the_same_run(job: Job) -> None:
+    assert job.prepare().run_id == job.prepare().run_id
+
+
+def test_a_copy_of_the_model_elsewhere_is_the_same_run(job: Job, model_folder: Path, tmp_path: Path) -> None:
+    first = job.prepare().run_id
+    shutil.copytree(model_folder, tmp_path / "copy")
+    assert job.change(model={"uri": f"file://{tmp_path}/copy"}).prepare().run_id == first
+
+
+def test_another_revision_of_the_model_is_another_run(job: Job, model_folder: Path, tmp_path: Path) -> None:
+    first = job.prepare().run_id
+    changed = tmp_path / "changed"
+    shutil.copytree(model_folder, changed)
+    weights = changed / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert job.change(model={"uri": f"file://{changed}"}).prepare().run_id != first
+
+
+def test_a_claim_is_read_where_it_is_mounted(job: Job, model_folder: Path) -> None:
+    mounted = job.folder / "mounts" / "pvc" / "models" / "tiny"
+    shutil.copytree(model_folder, mounted)
+    assert job.change(model={"uri": "pvc://models/tiny"}).prepare().facts.layers == 2
+
+
+def _refusal(job: Job) -> StepError:
+    with pytest.raises(StepError) as refused:
+        job.prepare()
+    return refused.value
+
+
+CASES: list[Any] = [
+    pytest.param(
+        {"model": {"uri": "file:///no/such/model"}}, Reason.MODEL_NOT_FOUND, "model.uri", "there is no /no/such/model",
+        id="unknown model",
+    ),
+    pytest.param(
+        {"lora": {"targetModules": ["q_proj", "query_key_value"]}},
+        Reason.TARGET_MODULES_NOT_FOUND, "lora.targetModules",
+        "the model has no linear layer query_key_value; it has q_proj, k_proj, v_proj, o_proj, gate_proj",
+        id="target module of another family",
+    ),
+    pytest.param(
+        {"lora": {"targetModules": ["q_proj", "lm_head"]}}, Reason.UNSUPPORTED, "lora.targetModules",
+        "lm_head is the output head", id="target module is the head",
+    ),
+    pytest.param(
+        {"model": {"trustRemoteCode": True}}, Reason.REMOTE_CODE_REFUSED, "model.trustRemoteCode",
+        "operator doesn't allow remote code", id="policy forbids remote code",
+    ),
+    pytest.param(
+        {"dataset": {"uri": "file:///no/such/data.jsonl"}}, Reason.DATASET_NOT_FOUND, "dataset.uri",
+        "there is no /no/such/data.jsonl", id="unknown dataset",
+    ),
+    pytest.param(
+        {"dataset": {"columns": {"output": "answer"}}}, Reason.COLUMN_MISSING, "dataset.columns.output",
+        "there is no column answer; the dataset has instruction, input, output", id="missing column",
+    ),
+    pytest.param(
+        {"dataset": {"template": "{{ instruction"}}, Reason.TEMPLATE_INVALID, "dataset.template",
+        "not a Jinja template", id="broken template",
+    ),
+    pytest.param(
+        {"dataset": {"filter": {"input": "nothing"}}}, Reason.DATASET_EMPTY, "dataset.filter",
+        "no row is left", id="filter keeps nothing",
+    ),
+    pytest.param(
+        {"training": {"backend": "unsloth"}}, Reason.UNSUPPORTED, "training.backend", "unsloth", id="unsloth",
+    ),
+    pytest.param(
+        {"merge": {"enabled": True, "gguf": {"quantization": "q4_k_m"}}}, Reason.UNSUPPORTED, "merge.gguf",
+        "later version", id="gguf",
+    ),
+    pytest.param(
+        {"resources": {"gpuClass": None, "gpus": 2}}, Reason.UNSUPPORTED, "resources.gpus", "several GPUs", id="gpus",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "reason", "field", "words"), CASES)
+def test_what_cannot_work_is_refused_with_the_field_and_what_to_do(
+    job: Job, changes: dict[str, Any], reason: Reason, field: str, words: str
+) -> None:
+    refusal = _refusal(job.change(**changes))
+    assert (refusal.reason, refusal.field) == (reason, field)
+    assert refusal.message.startswith(f"{field}: ") or refusal.message.startswith("dataset: ")
+    assert words in refusal.message
+
+
+ChangedModel = Callable[..., Path]
+
+
+@pytest.fixture
+def changed_model(tmp_path: Path, model_folder: Path) -> ChangedModel:
+    """The tiny model with changes to its config, and without some files."""
+
+    def change(*, without: str | None = None, **config: Any) -> Path:
+        folder = tmp_path / "changed"
+        shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns(without) if without else None)
+        if (folder / "config.json").exists():
+            content = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(content | config))
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "words"),
+    [
+        pytest.param({"without": "config.json"}, Reason.MODEL_NOT_FOUND, "no config.json", id="no config"),
+        pytest.param({"without": "*.safetensors"}, Reason.MODEL_INVALID, "no weights", id="no weights"),
+        pytest.param({"without": "tokenizer*"}, Reason.MODEL_INVALID, "no usable tokenizer", id="no tokenizer"),
+        pytest.param({"model_type": "no-such"}, Reason.MODEL_INVALID, "config of .* can't be read", id="unknown type"),
+        pytest.param({"model_type": "clip"}, Reason.MODEL_INVALID, "isn't a causal language model", id="no LM"),
+        pytest.param(
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            Reason.MODEL_INVALID,
+            "already quantized",
+            id="quantized",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused(
+    job: Job, changed_model: ChangedModel, changes: dict[str, Any], reason: Reason, words: str
+) -> None:
+    refusal = _refusal(job.change(model={"uri": f"file://{changed_model(**changes)}"}))
+    assert (refusal.reason, refusal.field) == (reason, "model.uri")
+    assert re.search(words, refusal.message)
+
+
+REMOTE_CODE = {"model_type": "chatglm", "auto_map": {"AutoModelForCausalLM": "modeling.ChatGLM"}}
+
+
+def test_a_model_with_code_of_its_own_needs_trust(job: Job, changed_model: ChangedModel) -> None:
+    refusal = _refusal(job.change(model={"uri": f"file://{changed_model(**REMOTE_CODE)}"}))
+    assert (refusal.reason, refusal.field) == (Reason.REMOTE_CODE_REFUSED, "model.trustRemoteCode")
+    assert "read that code, then set this to true" in refusal.message
+
+
+def test_a_trusted_model_with_code_of_its_own_is_not_packed(job: Job, changed_model: ChangedModel) -> None:
+    job.remote_code_allowed = True
+    model = {"uri": f"file://{changed_model(**REMOTE_CODE)}", "trustRemoteCode": True}
+    refusal = _refusal(job.change(model=model))
+    assert (refusal.reason, refusal.field) == (Reason.UNSUPPORTED, "training.packing")
+
+
+def test_the_default_layers_of_a_known_family_are_accepted(job: Job) -> None:
+    assert job.change(lora={"targetModules": "default"}).prepare().total_steps == 4

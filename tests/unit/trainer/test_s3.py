@@ -1,0 +1,115 @@
+"""A job whose model, data and output are in S3, on a real server."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_trainer.storage import Storage, open_storage
+from qlorajob.errors import ExitCode, Reason, StepError
+from qlorajob.manifest import ArtifactManifest
+from tests.unit.trainer.gateway import Gateway
+from tests.unit.trainer.jobs import Job
+
+
+def _upload(gateway: Gateway, uri: str, folder: Path, pattern: str = "*") -> Storage:
+    storage = open_storage(uri, gateway.output(uri), field="output.uri")
+    for path in folder.glob(pattern):
+        storage.upload(path, path.name)
+    return storage
+
+
+@pytest.fixture
+def s3_job(job: Job, gateway: Gateway, model_folder: Path, instructions: Path) -> Job:
+    bucket = gateway.bucket()
+    _upload(gateway, f"{bucket}/models/tiny", model_folder)
+    _upload(gateway, f"{bucket}/data", instructions.parent, "*.jsonl")
+    return job.change(
+        model={"uri": f"{bucket}/models/tiny"},
+        dataset={"uri": f"{bucket}/data"},
+        output={"uri": f"{bucket}/adapters", "endpoint": gateway.endpoint},
+        merge={"enabled": True},
+        training={"saveSteps": 2},
+    )
+
+
+def _output(job: Job) -> Storage:
+    spec = job.config().spec
+    return open_storage(spec.output.uri, spec.output, field="output.uri")
+
+
+def test_a_job_goes_from_s3_to_s3(s3_job: Job) -> None:
+    prepared = s3_job.prepare()
+    s3_job.train(prepared)
+    s3_job.run("merge", s3_job.config(prepared))
+    run = _output(s3_job).within(prepared.run_id)
+    manifest = ArtifactManifest.model_validate_json(run.read("manifest.json") or b"")
+    stored = {item.key: hashlib.sha256(run.read(item.key) or b"").hexdigest() for item in run.list()}
+    del stored["manifest.json"]
+    assert stored == {file.path: file.sha256 for file in manifest.files}
+    assert {key.split("/")[0] for key in stored} == {"adapter", "merged", "report.json"}
+
+
+def test_one_object_may_be_the_dataset(s3_job: Job) -> None:
+    folder = s3_job.spec["dataset"]["uri"]
+    assert s3_job.change(dataset={"uri": f"{folder}/codes.jsonl"}).prepare().train_rows == 43
+
+
+def test_weights_that_changed_are_another_revision(s3_job: Job, gateway: Gateway) -> None:
+    before = s3_job.prepare().model_revision
+    uri = s3_job.spec["model"]["uri"]
+    open_storage(uri, gateway.output(uri), field="f").write("model.safetensors", b"other weights")
+    assert s3_job.prepare().model_revision != before
+
+
+def test_weights_that_changed_after_prepare_are_refused(s3_job: Job, gateway: Gateway) -> None:
+    prepared = s3_job.prepare()
+    uri = s3_job.spec["model"]["uri"]
+    open_storage(uri, gateway.output(uri), field="f").write("model.safetensors", b"other weights")
+    with pytest.raises(StepError, match="has changed since it was prepared") as refused:
+        s3_job.train(prepared)
+    assert refused.value.field == "model.uri"
+
+
+def test_prepare_brings_the_weights_into_the_cache_claim(s3_job: Job) -> None:
+    cache = s3_job.folder / "mounts" / "cache"
+    cache.mkdir(parents=True)
+    prepared = s3_job.change(model={"cacheClaim": "weights"}).prepare()
+    assert (cache / "models" / prepared.model_revision / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "field"),
+    [
+        pytest.param(
+            {"output": {"uri": "s3://no-such-bucket/x"}}, Reason.BUCKET_NOT_FOUND, "output.uri", id="output bucket"
+        ),
+        pytest.param(
+            {"model": {"uri": "s3://no-such-bucket/x"}}, Reason.BUCKET_NOT_FOUND, "model.uri", id="model bucket"
+        ),
+        pytest.param({"model": {"uri": "{bucket}/nothing"}}, Reason.MODEL_NOT_FOUND, "model.uri", id="model prefix"),
+        pytest.param(
+            {"dataset": {"uri": "{bucket}/nothing"}}, Reason.DATASET_NOT_FOUND, "dataset.uri", id="dataset prefix"
+        ),
+        pytest.param(
+            {"dataset": {"uri": "{bucket}/nothing.jsonl"}}, Reason.DATASET_NOT_FOUND, "dataset.uri", id="dataset object"
+        ),
+    ],
+)
+def test_what_is_not_there_is_named(s3_job: Job, changes: dict[str, Any], reason: Reason, field: str) -> None:
+    bucket = s3_job.spec["output"]["uri"].rpartition("/")[0]
+    changes = {key: {"uri": value["uri"].format(bucket=bucket)} for key, value in changes.items()}
+    with pytest.raises(StepError) as refused:
+        s3_job.change(**changes).prepare()
+    assert (refused.value.reason, refused.value.field, refused.value.code) == (reason, field, ExitCode.INVALID)
+
+
+@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_credentials_are_named(s3_job: Job, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "something-else")
+    with pytest.raises(StepError) as refused:
+        s3_job.prepare()
+    assert (refused.value.reason, refused.value.field) == (Reason.ACCESS_DENIED, "output.credentialsSecretRef")

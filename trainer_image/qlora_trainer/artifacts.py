@@ -1,0 +1,118 @@
+"""The run's prefix in storage: trees of files, and the manifest that is written last and so means *done*."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qlora_trainer.settings import Settings
+from qlora_trainer.storage import Storage, open_storage
+from qlorajob.errors import ExitCode, Reason, StepError
+from qlorajob.manifest import LATEST, MANIFEST, ArtifactManifest, Latest, ManifestFile, files_digest
+from qlorajob.status import Artifact
+
+logger = logging.getLogger(__name__)
+
+PROBE = ".qlora-write-test"
+
+
+class RunStore:
+    """Everything below <output.uri>/<run id>, and latest.json beside it."""
+
+    def __init__(self, output: Storage, run_id: str) -> None:
+        self.run_id = run_id
+        self.storage = output.within(run_id)
+        self._output = output
+
+    @classmethod
+    def open(cls, settings: Settings, run_id: str) -> RunStore:
+        """The store of a run."""
+        return cls(open_output(settings), run_id)
+
+    def manifest(self) -> ArtifactManifest | None:
+        """The manifest, if there is one and every file it lists is there in its size. Anything less isn't done."""
+        content = self.storage.read(MANIFEST)
+        if content is None:
+            return None
+        try:
+            manifest = ArtifactManifest.model_validate_json(content)
+        except ValidationError:
+            logger.warning("%s/%s can't be read: the run counts as unfinished", self.storage.uri, MANIFEST)
+            return None
+        sizes = {item.key: item.bytes for item in self.storage.list()}
+        broken = [file.path for file in manifest.files if sizes.get(file.path) != file.bytes]
+        if broken or manifest.run_id != self.run_id:
+            logger.warning("%s: %s is missing or cut: the run counts as unfinished", self.storage.uri, broken[:5])
+            return None
+        return manifest
+
+    def upload_tree(self, folder: Path, prefix: str) -> tuple[ManifestFile, ...]:
+        """Copy a folder's files below `prefix`, and drop what an earlier try left there."""
+        files = []
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            key = f"{prefix}/{path.relative_to(folder).as_posix()}"
+            with path.open("rb") as content:
+                sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+            self.storage.upload(path, key)
+            files.append(ManifestFile(path=key, bytes=path.stat().st_size, sha256=sha256))
+        wanted = {file.path for file in files}
+        self.storage.delete([item.key for item in self.storage.list(f"{prefix}/") if item.key not in wanted])
+        return tuple(files)
+
+    def write_file(self, key: str, content: bytes) -> ManifestFile:
+        """Write one file."""
+        self.storage.write(key, content)
+        return ManifestFile(path=key, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    def download_tree(self, files: Iterable[ManifestFile], prefix: str, folder: Path) -> None:
+        """Copy the files below `prefix` to a folder. Raises StepError when one isn't what the manifest says."""
+        for file in files:
+            if not file.path.startswith(f"{prefix}/"):
+                continue
+            path = folder / file.path.removeprefix(f"{prefix}/")
+            self.storage.download(file.path, path)
+            with path.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
+                    message = f"{self.storage.uri}/{file.path} isn't the file that was uploaded (its SHA-256 differs)"
+                    raise StepError(Reason.STORAGE_UNAVAILABLE, message, code=ExitCode.TRANSIENT)
+
+    def artifact(self, files: Iterable[ManifestFile], path: str) -> Artifact:
+        """The artifact at a path, for status and manifest."""
+        files = [file for file in files if file.path == path or file.path.startswith(f"{path}/")]
+        return Artifact(
+            uri=f"{self.storage.uri}/{path}", digest=files_digest(files), bytes=sum(file.bytes for file in files)
+        )
+
+    def publish(self, manifest: ArtifactManifest) -> None:
+        """Write the manifest, the last thing of a run."""
+        self.storage.write(MANIFEST, manifest.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode())
+
+    def point_latest(self, manifest: ArtifactManifest) -> None:
+        """Let latest.json point at this run, unless it points at a newer one or this one isn't good enough."""
+        if manifest.promoted is False:
+            return
+        content = self._output.read(LATEST)
+        try:
+            current = Latest.model_validate_json(content) if content else None
+        except ValidationError:
+            current = None
+        if current is None or current.created_at < manifest.created_at:
+            latest = Latest(run_id=self.run_id, uri=self.storage.uri, created_at=manifest.created_at)
+            self._output.write(LATEST, latest.model_dump_json(by_alias=True).encode())
+
+
+def open_output(settings: Settings) -> Storage:
+    """The storage of spec.output."""
+    return open_storage(settings.spec.output.uri, settings.spec.output, field="output.uri")
+
+
+def check_output(output: Storage) -> None:
+    """Prove that results can be written, before anything is computed: bucket, credentials, permissions, endpoint."""
+    next(iter(output.list(PROBE)), None)
+    output.write(PROBE, datetime.now(UTC).isoformat().encode())
+    output.delete([PROBE])

@@ -1,0 +1,121 @@
+"""What happens beside the training loop: progress out, checkpoints to storage, and stopping when asked to."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import TrainerCallback
+
+from qlora_trainer.checkpoints import CheckpointStore
+from qlora_trainer.hardware import Hardware, peak_memory
+from qlora_trainer.journal import Journal
+from qlora_trainer.metrics import Telemetry
+from qlora_trainer.signals import StopSignal
+
+logger = logging.getLogger(__name__)
+
+RECENT_STEPS = 20
+"""Steps that speed and remaining time are taken from."""
+
+
+class _Timing(NamedTuple):
+    seconds: float
+    tokens: int
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+    """Keeps Telemetry up to date, step by step. Time for checkpoints and evaluation isn't counted as training."""
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        journal: Journal,
+        hardware: Hardware,
+        *,
+        predicted_bytes: int,
+        tokens_seen: Callable[[], int],
+        samples_per_step: float,
+    ) -> None:
+        self._telemetry, self._journal, self._hardware = telemetry, journal, hardware
+        self._predicted = predicted_bytes
+        self._tokens_seen = tokens_seen
+        self._samples_per_step = samples_per_step
+        self._recent: deque[_Timing] = deque(maxlen=RECENT_STEPS)
+        self._began, self._tokens_before = 0.0, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        self._began, self._tokens_before = time.monotonic(), self._tokens_seen()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say how far it is and how fast."""
+        timing = _Timing(time.monotonic() - self._began, self._tokens_seen() - self._tokens_before)
+        self._recent.append(timing)
+        self._journal.train_seconds += timing.seconds
+        self._journal.train_tokens += timing.tokens
+        seconds = sum(step.seconds for step in self._recent)
+        per_step = seconds / len(self._recent)
+        self._telemetry.speed(step_seconds=per_step, samples_per_second=self._samples_per_step / per_step)
+        self._telemetry.advance(
+            step=state.global_step,
+            total_steps=state.max_steps,
+            epoch=round(float(state.epoch or 0), 4),
+            tokens_per_second=round(sum(step.tokens for step in self._recent) / seconds, 1),
+            eta_seconds=round(per_step * (state.max_steps - state.global_step)),
+        )
+        if self._hardware.on_gpu:
+            self._telemetry.gpu_memory(
+                allocated=torch.cuda.memory_allocated(),
+                reserved=torch.cuda.memory_reserved(),
+                peak=peak_memory(self._hardware),
+                predicted=self._predicted,
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Pass losses on."""
+        logs = logs or {}
+        if "loss" in logs:
+            first = self._telemetry.progress.first_loss
+            self._telemetry.advance(loss=logs["loss"], first_loss=logs["loss"] if first is None else first)
+            self._journal.curve.append(
+                {"step": state.global_step, "loss": logs["loss"], "learningRate": logs.get("learning_rate")}
+            )
+        logger.info("step %d of %d", state.global_step, state.max_steps, extra=_loggable(logs))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        """Pass the validation loss on."""
+        self._telemetry.advance(eval_loss=metrics["eval_loss"])
+        self._journal.evaluations.append({"step": state.global_step, "evalLoss": metrics["eval_loss"]})
+        logger.info("validated at step %d", state.global_step, extra={"eval_loss": metrics["eval_loss"]})
+
+
+class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
+    """Puts each checkpoint that transformers saves into storage, and saves one when a stop is asked for."""
+
+    def __init__(self, checkpoints: CheckpointStore, journal: Journal, stop: StopSignal) -> None:
+        self._checkpoints, self._journal, self._stop = checkpoints, journal, stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Stop after this step, with a checkpoint, if asked to."""
+        if self._stop.requested and state.global_step < state.max_steps:
+            logger.warning("asked to stop: saving a checkpoint at step %d", state.global_step)
+            control.should_save = control.should_log = control.should_training_stop = True
+            control.should_evaluate = False  # the grace period is short
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Upload what was saved, with what a resumed process needs to know beside it."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._journal.save(folder)
+        self._checkpoints.save(folder, state.global_step)
+
+
+def _loggable(logs: dict[str, Any]) -> dict[str, Any]:
+    names = ("loss", "learning_rate", "grad_norm", "epoch", "mean_token_accuracy")
+    return {name: logs[name] for name in names if name in logs}

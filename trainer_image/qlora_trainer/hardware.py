@@ -1,0 +1,116 @@
+"""Which device and number types this run uses, and in which ways that is less than the manifest asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from qlorajob.errors import ExitCode, Reason, StepError
+from qlorajob.plan import Plan
+from qlorajob.spec import QLoRAJobSpec
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["bf16", "fp16", "fp32"]
+ENV_DEVICE = "QLORA_DEVICE"
+"""`cpu` trains on the CPU although the plan has a GPU: for test clusters whose GPUs are only labels."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BITSANDBYTES_OPTIMIZERS = frozenset({"paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit"})
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Decisions that depend on the machine. `degradations` say, for the report, where the manifest asked for more."""
+
+    device: Literal["cuda", "cpu"]
+    compute_dtype: torch.dtype
+    precision: Precision
+    optimizer: str
+    degradations: list[str] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model is on a GPU."""
+        return self.device == "cuda"
+
+    @classmethod
+    def choose(cls, spec: QLoRAJobSpec, plan: Plan) -> Hardware:
+        """Decide for this machine; log each degradation."""
+        degradations: list[str] = []
+        device = _device(plan, degradations)
+        bf16 = device == "cuda" and plan.bf16 and torch.cuda.get_device_capability()[0] >= 8
+        best = "bfloat16" if bf16 else "float16" if device == "cuda" else "float32"
+        hardware = cls(
+            device=device,
+            compute_dtype=DTYPES[_compute_dtype(spec, best, degradations)],
+            precision=_precision(spec, {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[best], degradations),
+            optimizer=_optimizer(spec, device, degradations),
+            degradations=degradations,
+        )
+        for reason in degradations:
+            logger.warning(reason)
+        return hardware
+
+
+def _device(plan: Plan, degradations: list[str]) -> Literal["cuda", "cpu"]:
+    if plan.gpus == 0:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get(ENV_DEVICE) == "cpu":
+        degradations.append(f"the plan's GPU ({plan.gpu_class}) isn't used: {ENV_DEVICE} says cpu")
+        return "cpu"
+    message = (
+        f"the plan needs a GPU ({plan.gpu_class}), but CUDA finds none in this pod; check the node's driver and device "
+        f"plugin (on a test cluster without real GPUs, set {ENV_DEVICE}=cpu)"
+    )
+    raise StepError(Reason.UNSCHEDULABLE, message, field="resources.gpuClass", code=ExitCode.TRANSIENT)
+
+
+def _compute_dtype(spec: QLoRAJobSpec, best: str, degradations: list[str]) -> str:
+    asked = spec.quantization.compute_dtype
+    if asked == "auto":
+        return best
+    if asked == "bfloat16" and best == "float16":
+        degradations.append("quantization.computeDtype bfloat16 runs as float16: this GPU has no bfloat16")
+        return best
+    if asked == "float16" and best == "float32":
+        degradations.append("quantization.computeDtype float16 runs as float32: the CPU has no fast float16")
+        return best
+    return asked
+
+
+def _precision(spec: QLoRAJobSpec, best: str, degradations: list[str]) -> Precision:
+    asked = spec.training.precision
+    if asked == "bf16" and best == "fp16":
+        degradations.append("training.precision bf16 runs as fp16: this GPU has no bfloat16")
+    elif asked == "fp16" and best == "fp32":
+        degradations.append("training.precision fp16 runs as fp32: fp16 needs a GPU")
+    elif asked != "auto":
+        return asked
+    return best  # type: ignore[return-value]
+
+
+def _optimizer(spec: QLoRAJobSpec, device: str, degradations: list[str]) -> str:
+    asked = spec.training.optimizer
+    if device == "cpu" and asked in BITSANDBYTES_OPTIMIZERS:
+        degradations.append(f"training.optimizer {asked} runs as adamw_torch: its paging and 8-bit states need a GPU")
+        return "adamw_torch"
+    return asked
+
+
+def peak_memory(hardware: Hardware) -> int:
+    """Peak memory so far, in bytes: of the GPU as the driver counts it, of this process on CPU."""
+    if not hardware.on_gpu:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    free, total = torch.cuda.mem_get_info()
+    beside_torch = total - free - torch.cuda.memory_reserved()  # CUDA context, libraries, paged optimizer states
+    return torch.cuda.max_memory_reserved() + max(0, beside_torch)

@@ -1,0 +1,152 @@
+"""What prepare learns of a model from its config, without loading weights: facts for the plan, and early refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_trainer.model_source import ModelSource
+from qlora_trainer.settings import Settings
+from qlora_trainer.tokenizer import trusts_remote_code
+from qlorajob.errors import Reason, StepError
+from qlorajob.plan import ModelFacts
+from qlorajob.spec import QLoRAJobSpec
+
+MAX_NAMES_IN_MESSAGE = 24
+
+
+def inspect_model(source: ModelSource, settings: Settings) -> ModelFacts:
+    """Facts of the model; refuses one that can't be trained as the manifest asks."""
+    folder = source.metadata_folder()
+    raw = _raw_config(folder, settings.spec.model.uri)
+    _check_remote_code(raw, settings)
+    config = _load_config(folder, settings)
+    model = _meta_model(config, settings)
+    _check_target_modules(model, str(raw.get("model_type", "")), settings.spec)
+    text = config.get_text_config()
+    return ModelFacts(
+        model_type=config.model_type,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=getattr(text, "num_hidden_layers", 0) or 0,
+        hidden_size=getattr(text, "hidden_size", 0) or 0,
+        vocabulary=getattr(text, "vocab_size", 0) or 0,
+        weight_bytes=source.files.weight_bytes,
+    )
+
+
+def _raw_config(folder: Path, uri: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        message = f"model.uri: config.json of {uri} isn't valid JSON"
+        raise StepError(Reason.MODEL_INVALID, message, field="model.uri")
+    if config.get("quantization_config"):
+        message = (
+            f"model.uri: the weights of {uri} are already quantized; QLoRA quantizes by itself: "
+            "name the original 16-bit model"
+        )
+        raise StepError(Reason.MODEL_INVALID, message, field="model.uri")
+    return config
+
+
+def _check_remote_code(raw: dict[str, Any], settings: Settings) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    spec = settings.spec
+    field = "model.trustRemoteCode"
+    if spec.model.trust_remote_code and not settings.config.allow_remote_code:
+        message = f"{field}: this cluster's operator doesn't allow remote code (its policy allowRemoteCode is false)"
+        raise StepError(Reason.REMOTE_CODE_REFUSED, message, field=field)
+    needed = "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING_NAMES
+    if not needed:
+        return
+    if not spec.model.trust_remote_code:
+        message = (
+            f"{field}: {spec.model.uri} ({raw.get('model_type')}) runs only with Python code that comes with it; "
+            "read that code, then set this to true"
+        )
+        raise StepError(Reason.REMOTE_CODE_REFUSED, message, field=field)
+    if spec.training.packing:
+        message = (
+            "training.packing: a model with its own code may let packed rows see each other; "
+            "set training.packing: false for it"
+        )
+        raise StepError(Reason.UNSUPPORTED, message, field="training.packing")
+
+
+def _load_config(folder: Path, settings: Settings) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trusts_remote_code(settings))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        message = f"model.uri: the config of {settings.spec.model.uri} can't be read: {_first_line(error)}"
+        raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
+
+
+def _meta_model(config: Any, settings: Settings) -> Any:
+    """The model without memory for its weights: exact names and shapes in a second."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_remote_code(settings))
+    except (ValueError, ImportError) as error:
+        message = (
+            f"model.uri: {settings.spec.model.uri} ({config.model_type}) isn't a causal language model: "
+            f"{_first_line(error)}"
+        )
+        raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
+
+
+def _check_target_modules(model: Any, model_type: str, spec: QLoRAJobSpec) -> None:
+    """Every name in lora.targetModules must match a layer: PEFT is content when any of them does."""
+    field = "lora.targetModules"
+    wanted = spec.lora.target_modules
+    if wanted == "all-linear":
+        return
+    if wanted == "default":
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+        if model_type not in KNOWN:
+            message = f"{field}: PEFT has no default layers for {model_type}; set all-linear or name the layers"
+            raise StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field=field)
+        return
+    linear = _linear_layers(model)
+    head = model.get_output_embeddings()
+    absent = [name for name in wanted if not any(_is_target(layer, name) for layer in linear)]
+    if absent:
+        message = f"{field}: the model has no linear layer {', '.join(absent)}; it has {_short_names(linear)}"
+        raise StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field=field)
+    heads = [name for name in wanted for layer, module in linear.items() if module is head and _is_target(layer, name)]
+    if heads:
+        message = f"{field}: {heads[0]} is the output head, which stays as it is; take it off the list"
+        raise StepError(Reason.UNSUPPORTED, message, field=field)
+
+
+def _linear_layers(model: Any) -> dict[str, Any]:
+    import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's
+
+    kinds = (torch.nn.Linear, Conv1D)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _is_target(layer: str, name: str) -> bool:
+    """PEFT's rule for a list of names."""
+    return layer == name or layer.endswith(f".{name}")
+
+
+def _short_names(linear: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(layer.rpartition(".")[2] for layer in linear))
+    more = ", …" if len(names) > MAX_NAMES_IN_MESSAGE else ""
+    return ", ".join(names[:MAX_NAMES_IN_MESSAGE]) + more
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

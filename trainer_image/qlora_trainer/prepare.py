@@ -1,0 +1,95 @@
+"""prepare: everything that can be found out without a GPU, so that no GPU waits for a typing error.
+
+Checks the output, the model and the data, names the run, counts its steps; and notices when it is already done.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+from qlora_trainer import logs
+from qlora_trainer.artifacts import RunStore, check_output, open_output
+from qlora_trainer.clock import Clock
+from qlora_trainer.context import Context
+from qlora_trainer.data import load_data
+from qlora_trainer.model_facts import inspect_model
+from qlora_trainer.model_source import open_model
+from qlora_trainer.tokenizer import load_tokenizer
+from qlorajob import identity
+from qlorajob.errors import Reason, StepError
+from qlorajob.spec import QLoRAJobSpec
+from qlorajob.status import Prepared
+
+logger = logging.getLogger(__name__)
+
+
+def run(context: Context) -> None:
+    """Prepare a run."""
+    settings, spec = context.settings, context.spec
+    refuse_unsupported(spec)
+    clock = Clock(logger)
+
+    output = open_output(settings)
+    check_output(output)
+    clock.lap("output")
+
+    source = open_model(settings)
+    clock.lap("model")
+
+    logs.tame_libraries()
+    facts = inspect_model(source, settings)
+    tokenizer = load_tokenizer(source.metadata_folder(), settings)
+    clock.lap("facts")
+
+    data = load_data(settings, tokenizer)
+    clock.lap("data")
+
+    run_id = identity.run_id(spec, model_revision=source.revision, dataset_digest=data.digest)
+    manifest = RunStore(output, run_id).manifest()
+    if manifest is None and settings.cache_dir is not None:
+        source.weights_folder()  # into the shared volume, while no GPU waits
+        clock.lap("weights")
+    context.outcome.prepared = Prepared(
+        key=settings.config.key,
+        run_id=run_id,
+        model_revision=source.revision,
+        dataset_digest=data.digest,
+        train_rows=len(data.train.documents),
+        validation_rows=len(data.validation.documents) if data.validation else 0,
+        dropped_rows=data.dropped_rows,
+        train_tokens=data.train.tokens,
+        total_steps=data.total_steps(spec),
+        facts=facts,
+        artifacts=manifest.artifacts if manifest else None,
+        promoted=manifest.promoted if manifest else None,
+    )
+    if manifest is not None:
+        context.outcome.reason = Reason.ALREADY_TRAINED
+        context.outcome.message = f"run {run_id} is already in {output.uri}: nothing to train"
+    else:
+        context.outcome.message = _summary(context.outcome.prepared)
+
+
+def refuse_unsupported(spec: QLoRAJobSpec) -> None:
+    """Refuse what the API has a field for but this version can't do yet."""
+    if spec.training.backend == "unsloth" and importlib.util.find_spec("unsloth") is None:
+        message = "training.backend: this trainer image has no unsloth; set hf, or use an image that has it"
+        raise StepError(Reason.UNSUPPORTED, message, field="training.backend")
+    if spec.training.backend == "unsloth":
+        message = "training.backend: unsloth comes with a later version; set hf"
+        raise StepError(Reason.UNSUPPORTED, message, field="training.backend")
+    if spec.merge.gguf is not None:
+        message = "merge.gguf: the GGUF export comes with a later version; leave it out"
+        raise StepError(Reason.UNSUPPORTED, message, field="merge.gguf")
+    if isinstance(spec.resources.gpus, int) and spec.resources.gpus > 1:
+        message = "resources.gpus: training on several GPUs comes with a later version; set 1 or auto"
+        raise StepError(Reason.UNSUPPORTED, message, field="resources.gpus")
+
+
+def _summary(prepared: Prepared) -> str:
+    held_out = f", {prepared.validation_rows} held out" if prepared.validation_rows else ""
+    return (
+        f"run {prepared.run_id}: {prepared.facts.parameters / 1e6:.0f} M parameters, {prepared.train_rows} rows"
+        f"{held_out}, {prepared.train_tokens} tokens, {prepared.total_steps} steps"
+    )

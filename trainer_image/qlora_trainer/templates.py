@@ -1,0 +1,83 @@
+"""Prompt templates of instruction rows. All are Jinja, rendered in a sandbox: a manifest is no place for code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from qlorajob.errors import Reason, StepError
+
+FIELD = "dataset.template"
+
+ALPACA = """\
+{% if input %}Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{{ instruction }}
+
+### Input:
+{{ input }}
+
+### Response:
+{{ output }}{% else %}Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{{ instruction }}
+
+### Response:
+{{ output }}{% endif %}"""
+
+ALPACA_ZH = """\
+### 指令:
+{{ instruction }}
+
+{% if input %}### 输入:
+{{ input }}
+
+{% endif %}### 回答:
+{{ output }}"""
+
+BUILT_IN = {"alpaca": ALPACA, "alpaca-zh": ALPACA_ZH}
+
+_ANSWER_HERE = "\x02answer\x03"
+"""Stands for the output when only the prompt is wanted: what the template puts before it is the prompt."""
+
+
+class PromptTemplate:
+    """Turns instruction, input and output into the text to learn, or into the prompt alone."""
+
+    def __init__(self, source: str) -> None:
+        """Raises StepError when the template can't be used for any row."""
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+        )
+        try:
+            self._template: Template = environment.from_string(BUILT_IN.get(source, source))
+        except TemplateError as error:
+            message = f"{FIELD}: not a Jinja template: {error} (line {getattr(error, 'lineno', '?')})"
+            raise StepError(Reason.TEMPLATE_INVALID, message, field=FIELD) from None
+        if _ANSWER_HERE not in self.render("instruction", "input", _ANSWER_HERE):
+            message = (
+                f"{FIELD}: the template doesn't use output, so there would be nothing to learn; "
+                f"write alpaca, alpaca-zh or a Jinja template with {{{{ instruction }}}} and {{{{ output }}}}"
+            )
+            raise StepError(Reason.TEMPLATE_INVALID, message, field=FIELD)
+
+    def render(self, instruction: str, input_text: str, output: str) -> str:
+        """The whole text of a row."""
+        values: dict[str, Any] = {"instruction": instruction, "input": input_text, "output": output}
+        try:
+            return self._template.render(values)
+        except UndefinedError as error:
+            message = f"{FIELD}: {error}; a template knows instruction, input and output"
+        except Exception as error:  # a template can fail in any way Python can
+            message = f"{FIELD}: rendering fails: {type(error).__name__}: {error}"
+        raise StepError(Reason.TEMPLATE_INVALID, message, field=FIELD)
+
+    def prompt(self, instruction: str) -> str:
+        """The text up to where the answer goes."""
+        return self.render(instruction, "", _ANSWER_HERE).partition(_ANSWER_HERE)[0]

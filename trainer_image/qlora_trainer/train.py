@@ -1,0 +1,63 @@
+"""train: find that the run is done, or do it. The training itself is in `recipe`, whose imports take seconds."""
+
+from __future__ import annotations
+
+import logging
+
+from qlora_trainer.artifacts import RunStore
+from qlora_trainer.clock import Clock
+from qlora_trainer.context import Context
+from qlora_trainer.metrics import Telemetry
+from qlorajob.errors import Reason, StepError
+from qlorajob.manifest import ArtifactManifest
+from qlorajob.status import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def run(context: Context) -> None:
+    """Train an adapter, unless its manifest is in storage already."""
+    settings, outcome = context.settings, context.outcome
+    run_id = settings.prepared.run_id
+    store = RunStore.open(settings, run_id)
+    manifest = store.manifest()
+    if manifest is not None:
+        store.point_latest(manifest)  # in case that the first time ended just before it
+        _tell(context, manifest)
+        outcome.reason, outcome.message = Reason.ALREADY_TRAINED, f"run {run_id} is already trained"
+        return
+    plan = settings.config.plan
+    if plan is None:
+        raise StepError(Reason.INVALID_SPEC, "the run config holds no plan: train can't start without one")
+    telemetry = Telemetry()
+    telemetry.advance(total_steps=settings.prepared.total_steps)
+    telemetry.serve(settings.metrics_port)  # before anything is loaded, so that loading is seen as life
+
+    clock = Clock(logger)
+    from qlora_trainer.recipe import train_adapter
+
+    clock.lap("imports")
+    try:
+        manifest = train_adapter(context, plan, store, telemetry, clock)
+    finally:
+        outcome.progress = telemetry.progress
+    _tell(context, manifest)
+
+
+def _tell(context: Context, manifest: ArtifactManifest) -> None:
+    outcome = context.outcome
+    outcome.progress, outcome.memory = manifest.progress, manifest.memory
+    outcome.artifacts, outcome.promoted = manifest.artifacts, manifest.promoted
+    outcome.message = _summary(manifest)
+    if manifest.promoted is False:
+        outcome.reason = Reason.NOT_BETTER_THAN_BASE
+
+
+def _summary(manifest: ArtifactManifest) -> str:
+    progress = manifest.progress or Progress()
+    text = f"trained {progress.step} steps"
+    if progress.first_loss is not None and progress.loss is not None:
+        text += f", loss {progress.first_loss:.3f} → {progress.loss:.3f}"
+    if progress.base_eval_loss is not None and progress.eval_loss is not None:
+        text += f", validation loss {progress.base_eval_loss:.3f} → {progress.eval_loss:.3f}"
+    return text + (": not better than the base model, so not published" if manifest.promoted is False else "")
