@@ -62,7 +62,7 @@ verify: setup cluster-tools ## Check format, lint, types, import contracts, gene
 	PYTHONPATH=operator:trainer_image $(VENV)/bin/lint-imports
 	$(PYTHON) -m qlorajob.crd --check
 	.cluster/bin/helm lint --strict charts/qlora-operator
-	$(PYTHON) -m demo verify-metrics
+	$(PYTHON) dev/metric_rules.py
 
 .PHONY: cluster-tools
 cluster-tools: setup

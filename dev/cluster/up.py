@@ -1,5 +1,6 @@
 """`up`: from nothing, from a half-started cluster or from a running one to a Ready node with DNS, S3 and Prometheus."""
 
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,8 +52,10 @@ def up(paths: Layout) -> None:
 
 
 def tools(paths: Layout) -> None:
-    """Make the executables alone (kubectl, helm): enough to check charts and manifests without a cluster."""
+    """Make the executables alone (kubectl, helm, promtool): enough to check chart, manifests and metrics."""
     paths.make_directories()
+    if shutil.which("promtool") is None:
+        packages.install(paths)
     binaries.build_all(paths)
 
 

@@ -1,7 +1,8 @@
 """The demo's instruction set: names of languages and their ISO 639-3 codes, made from the pycountry package.
 
-A real standard (ISO 639-3 as SIL publishes it; the languages that ISO 639-1 has a code for too) that a 135M model doesn't
-know: asked for a code it makes up digits. Most codes abbreviate the name, so what is learnt carries over to held-out rows.
+A real standard (ISO 639-3 as SIL publishes it, for the languages that ISO 639-1 has a code for too) that a 135M model
+doesn't know: asked for a code it makes up digits. Most codes abbreviate the name, so what is learnt carries over to
+held-out rows.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def _show_manifest(verified: VerifiedRun) -> None:
     say(f"\nmanifest.json: {len(manifest.files)} files, {total:,} bytes, every SHA-256 verified")
     say(f"  model   {manifest.provenance.model_uri} at {manifest.provenance.model_revision}")
     say(f"  data    {manifest.provenance.dataset_uri} at {manifest.provenance.dataset_digest}")
-    say(f"  layers  {verified.report['moduleCounts']}")
+    model = verified.report["model"]
+    say(f"  layers  {model['modules']}, {model['quantization']['type']}, {model['trainableParameters']:,} trained")
     progress = manifest.progress
     if progress and progress.base_eval_loss is not None and progress.eval_loss is not None:
         say(f"  validation loss  {progress.base_eval_loss:.3f} (base) -> {progress.eval_loss:.3f} (tuned)")

@@ -157,7 +157,9 @@ def _watch(draft: Draft, step: Step, job: JobView) -> Outcome:
 
 
 def _between_pods(step: Step, job: JobView, pods: tuple[PodView, ...]) -> Outcome:
-    """No pod now: the first is still to come, or one ended and the Job waits before it tries again."""
+    """No pod now: the first is still to come, one ended well and the Job is about to, or it waits before a retry."""
+    if pods and pods[0].phase == "Succeeded":
+        return outcomes.working(WORKING[step], REASONS[step], f"Pod {pods[0].name} is done", LOOK_AGAIN)
     last = problems.last_failure(pods)
     if last is None:
         return outcomes.working(STARTING[step], REASONS[step], f"Job {job.name} is about to start a pod", LOOK_AGAIN)

@@ -79,9 +79,7 @@ IN_THE_CLUSTER = (
         "TargetModulesNotFound",
         ("spec.lora.targetModules", "query_key_value", "q_proj"),
     ),
-    Stalled(
-        "no-rows-left", {"dataset": {"filter": {"kind": "prime"}}}, "DatasetEmpty", ("spec.dataset.filter",)
-    ),
+    Stalled("no-rows-left", {"dataset": {"filter": {"kind": "prime"}}}, "DatasetEmpty", ("spec.dataset.filter",)),
     Stalled(
         "no-such-column",
         {"dataset": {"format": "instruction", "columns": {"output": "answer"}}},

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 
 from cluster.layout import PROMETHEUS_PORT, cache_directory
 from demo.seed import MODEL
-from demo.verify import VerifiedRun, list_keys, verify_run
+from demo.verify import VerificationError, VerifiedRun, list_keys, verify_run
 from tests.support.live import Cluster, Manifest, Namespace, eventually
 from tests.support.prometheus import query
 
@@ -95,10 +95,13 @@ def test_the_validation_loss_fell(finished: Finished) -> None:
 
 
 def test_the_trained_model_was_four_bit(finished: Finished) -> None:
-    report = finished.run.report
-    assert report["moduleCounts"]["Linear4bit"] == 210  # 30 layers of q, k, v, o, gate, up, down
-    assert report["quantization"] == {"type": "nf4", "doubleQuant": True, "computeDtype": "float32"}
-    assert 0 < report["trainableParameters"] < 0.05 * report["parameters"]
+    model = finished.run.report["model"]
+    assert model["modules"]["Linear4bit"] == 210  # 30 layers of q, k, v, o, gate, up, down
+    assert model["quantization"]["layers"] == 210
+    assert model["quantization"]["type"] == ["nf4"]
+    assert model["quantization"]["doubleQuant"] == [True]
+    assert model["quantization"]["bytes"] * 2 == model["quantizedParameters"]
+    assert 0 < model["trainableParameters"] < 0.05 * model["quantizedParameters"]
 
 
 def test_kubectl_get_prints_the_columns_of_the_design(finished: Finished) -> None:
@@ -177,3 +180,20 @@ def test_a_recreated_job_finds_its_finished_run_and_trains_nothing(finished: Fin
     assert status["artifacts"] == finished.status["artifacts"]
     assert finished.namespace.jobs(finished.name, "train") == []
     assert finished.namespace.jobs(finished.name, "merge") == []
+
+
+def test_the_demos_verification_notices_a_changed_and_an_unlisted_file(finished: Finished) -> None:
+    output = finished.manifest["spec"]["output"]["uri"]
+    run_id = finished.status["run"]["id"]
+    bucket = urlsplit(output).netloc
+    config = f"{finished.run.prefix}/adapter/adapter_config.json"
+    original = finished.s3.get_object(Bucket=bucket, Key=config)["Body"].read()
+    finished.s3.put_object(Bucket=bucket, Key=config, Body=original.replace(b"16", b"61", 1))
+    with pytest.raises(VerificationError, match="is not what the manifest lists"):
+        verify_run(finished.s3, output, run_id)
+    finished.s3.put_object(Bucket=bucket, Key=config, Body=original)
+    finished.s3.put_object(Bucket=bucket, Key=f"{finished.run.prefix}/adapter/stray", Body=b"?")
+    with pytest.raises(VerificationError, match="stray"):
+        verify_run(finished.s3, output, run_id)
+    finished.s3.delete_object(Bucket=bucket, Key=f"{finished.run.prefix}/adapter/stray")
+    assert verify_run(finished.s3, output, run_id).manifest == finished.run.manifest

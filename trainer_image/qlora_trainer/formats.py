@@ -103,9 +103,16 @@ class Encoder:
         if self.columns.format == "chat":
             messages = [{"role": "user", "content": prompt}]
             return self._apply_chat_template(messages, add_generation_prompt=True)["input_ids"]  # type: ignore[no-any-return]
-        if self._template is not None:
-            prompt = self._template.prompt(prompt)
-        return self._tokenizer(prompt)["input_ids"]  # type: ignore[no-any-return]
+        return self._tokenizer(self.prompt_text(prompt))["input_ids"]  # type: ignore[no-any-return]
+
+    def prompt_text(self, prompt: str) -> str:
+        """The text that the model really reads for a prompt: what one needs to ask it again elsewhere."""
+        if self.columns.format == "chat":
+            messages = [{"role": "user", "content": prompt}]
+            return self._tokenizer.apply_chat_template(  # type: ignore[no-any-return]
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        return self._template.prompt(prompt) if self._template is not None else prompt
 
     def _whole_text(self, rows: Sequence[Row]) -> Iterable[tuple[Tokens, Tokens] | None]:
         texts = [self._text(row) for row in rows]

@@ -75,7 +75,10 @@ def build_report(
             "perplexityBase": _perplexity(journal.base_eval_loss),
             "perplexityTuned": _perplexity(progress.eval_loss),
         },
-        "prompts": [{"prompt": prompt, "before": before, "after": after} for prompt, before, after in prompts],
+        "prompts": [
+            {"prompt": prompt, "text": data.encoder.prompt_text(prompt), "before": before, "after": after}
+            for prompt, before, after in prompts
+        ],
         "model": model,
         "data": {
             "format": data.format,

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 DELETE_BATCH = 1000
 """S3's limit for one DeleteObjects."""
 DENIED = frozenset(
-    {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "Forbidden", "403"}
+    {
+        "AccessDenied",
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "ExpiredToken",
+        "InvalidToken",
+        "XAdminUserNotFound",  # VersityGW's word for an unknown access key, with status 404
+    }
 )
 MISSING_BUCKET = frozenset({"NoSuchBucket"})
 MISSING_KEY = frozenset({"NoSuchKey", "NotFound", "404"})

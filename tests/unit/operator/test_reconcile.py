@@ -62,6 +62,14 @@ def test_a_running_pod_is_training() -> None:
     assert world.status.phase is Phase.TRAINING
 
 
+def test_a_pod_that_is_done_is_not_queued_again_while_its_job_has_yet_to_end() -> None:
+    world = training()
+    world.change("train", phase="Succeeded", exit_code=0)
+    world.look()
+    assert world.status.phase is Phase.TRAINING
+    assert "is done" in world.message()
+
+
 def test_progress_of_the_pod_reaches_the_status() -> None:
     world = training()
     world.change("train", progress=Progress(step=3, total_steps=60, loss=1.5, tokens_per_second=100.0, eta_seconds=75))

@@ -1,0 +1,107 @@
+"""hf:// URIs: the real huggingface_hub against a server that answers as the hub does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlorajob.errors import ExitCode, Reason
+from qlorajob.run import RunReport
+from tests.unit.trainer.hub_server import COMMIT, Hub, running
+from tests.unit.trainer.jobs import Job
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def hub(model_folder: Path, instructions: Path) -> Iterator[Hub]:
+    with running() as hub:
+        hub.repos = {"models/org/tiny": model_folder, "datasets/org/codes": instructions.parent}
+        yield hub
+
+
+def _prepare(job: Job, endpoint: str, **env: str) -> RunReport:
+    """In a process of its own, since huggingface_hub reads its endpoint when it is imported."""
+    environment = {**os.environ, **job.environment(job.config()), "HF_ENDPOINT": endpoint, **env}
+    environment["PYTHONPATH"] = f"{ROOT}/operator:{ROOT}/trainer_image"
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "qlora_trainer", "prepare"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    report = RunReport.model_validate_json((job.folder / "report.json").read_text())
+    assert done.returncode == report.exit_code, done.stdout + done.stderr
+    return report
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, instructions: Path
+) -> tuple[RunReport, list[str]]:
+    """Report of a job with a gated model and a dataset on the hub, and what it asked the hub for."""
+    job = Job(tmp_path_factory.mktemp("hub"), model_folder, instructions)
+    job.change(model={"uri": "hf://org/tiny@v1"}, dataset={"uri": "hf://org/codes"})
+    with running() as hub:
+        hub.repos = {"models/org/tiny": model_folder, "datasets/org/codes": instructions.parent}
+        hub.gated = {"models/org/tiny"}
+        return _prepare(job, hub.endpoint, HF_TOKEN=hub.token), hub.requested
+
+
+def test_a_gated_model_loads_with_a_token(prepared: tuple[RunReport, list[str]]) -> None:
+    assert prepared[0].reason is Reason.SUCCEEDED
+
+
+def test_a_model_is_pinned_to_its_commit(prepared: tuple[RunReport, list[str]]) -> None:
+    assert prepared[0].prepared is not None
+    assert prepared[0].prepared.model_revision == COMMIT
+
+
+def test_a_dataset_s_rows_are_read(prepared: tuple[RunReport, list[str]]) -> None:
+    assert prepared[0].prepared is not None
+    assert prepared[0].prepared.train_rows == 43
+
+
+def test_prepare_downloads_no_weights(prepared: tuple[RunReport, list[str]]) -> None:
+    assert any(path.endswith("/config.json") for path in prepared[1])
+    assert not any("safetensors" in path for path in prepared[1])
+
+
+def test_prepare_brings_the_weights_into_the_cache_claim(job: Job, hub: Hub) -> None:
+    cache = job.folder / "mounts" / "cache"
+    cache.mkdir(parents=True)
+    _prepare(job.change(model={"uri": "hf://org/tiny", "cacheClaim": "weights"}), hub.endpoint)
+    assert [path.name for path in cache.rglob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_gated_model_without_a_token_names_the_field(job: Job, hub: Hub) -> None:
+    hub.gated = {"models/org/tiny"}
+    report = _prepare(job.change(model={"uri": "hf://org/tiny"}), hub.endpoint)
+    assert (report.reason, report.field) == (Reason.ACCESS_DENIED, "model.tokenSecretRef")
+
+
+def test_an_unknown_model_is_named(job: Job, hub: Hub) -> None:
+    report = _prepare(job.change(model={"uri": "hf://org/nothing"}), hub.endpoint)
+    assert (report.exit_code, report.reason, report.field) == (
+        ExitCode.INVALID,
+        Reason.MODEL_NOT_FOUND,
+        "model.uri",
+    )
+    assert "there is no org/nothing on the hub" in report.message
+
+
+def test_an_unknown_revision_is_named(job: Job, hub: Hub) -> None:
+    report = _prepare(job.change(model={"uri": "hf://org/tiny@v9"}), hub.endpoint)
+    assert (report.reason, report.message) == (Reason.MODEL_NOT_FOUND, "model.uri: org/tiny has no revision v9")
+
+
+def test_an_unknown_dataset_is_named(job: Job, hub: Hub) -> None:
+    report = _prepare(job.change(dataset={"uri": "hf://org/nothing"}), hub.endpoint)
+    assert (report.reason, report.field) == (Reason.DATASET_NOT_FOUND, "dataset.uri")
+
+
+def test_an_unreachable_hub_is_tried_again(job: Job) -> None:
+    report = _prepare(job.change(model={"uri": "hf://org/tiny"}), "http://127.0.0.1:9")
+    assert (report.exit_code, report.reason) == (ExitCode.TRANSIENT, Reason.ENDPOINT_UNREACHABLE)
