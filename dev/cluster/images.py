@@ -23,6 +23,10 @@ _STATIC = {
 }
 _PROJECT = {layout.OPERATOR_IMAGE: "Dockerfile", layout.TRAINER_IMAGE: "trainer_image/Dockerfile"}
 _CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+# Not the image's own bundle: an upgrade of ca-certificates inside a build must be able to replace that.
+_BUILD_CA_BUNDLE = Path("/run/build-ca-certificates.crt")
+# The base image names no Debian mirror of its own; it and this machine are of the same release.
+_APT_SOURCES = (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d"))
 _PIP_CONFIGS = (Path("/etc/pip.conf"), Path.home() / ".pip/pip.conf", Path.home() / ".config/pip/pip.conf")
 
 
@@ -37,22 +41,34 @@ def _driver() -> str:
 
 
 def build(context: Path, dockerfile: Path, tag: str, arguments: Mapping[str, str] | None = None) -> None:
-    """Build an image from a Dockerfile, with this machine's settings for pip but without keeping them."""
+    """Build an image from a Dockerfile, with this machine's settings for pip and apt but without keeping them."""
     # chroot isolation: RUN steps use the machine's network and need neither cgroups nor a bridge.
     command = [*buildah(), "bud", "--isolation", "chroot", "--pull-never", "--layers", "--format", "oci"]
     for name, value in (arguments or {}).items():
         command += ["--build-arg", f"{name}={value}"]
-    with tempfile.NamedTemporaryFile("w", suffix=".conf") as pip_config:
-        settings = _pip_settings()
-        settings.write(pip_config)
-        pip_config.flush()
-        mounts = {Path(pip_config.name): Path("/etc/pip.conf"), _CA_BUNDLE: _CA_BUNDLE}
-        wheels = [Path(entry) for entry in settings.get("global", "find-links", fallback="").split()]
-        mounts |= {directory: directory for directory in wheels if directory.is_dir()}
-        for source, target in mounts.items():
+    with tempfile.TemporaryDirectory() as directory:
+        for source, target in _build_mounts(Path(directory)).items():
             if source.exists():
                 command += ["--volume", f"{source}:{target}:ro"]
         run([*command, "--tag", tag, "--file", str(dockerfile), str(context)])
+
+
+def _build_mounts(directory: Path) -> dict[Path, Path]:
+    """This machine's way to packages, for the time of a build: pip's settings, apt's sources, trusted certificates."""
+    settings = _pip_settings()
+    settings.set("global", "cert", str(_BUILD_CA_BUNDLE))
+    pip_config, apt_config = directory / "pip.conf", directory / "apt.conf"
+    with pip_config.open("w") as file:
+        settings.write(file)
+    apt_config.write_text(f'Acquire::https::CAInfo "{_BUILD_CA_BUNDLE}";\n')
+    wheels = [Path(entry) for entry in settings.get("global", "find-links", fallback="").split()]
+    return {
+        pip_config: Path("/etc/pip.conf"),
+        apt_config: Path("/etc/apt/apt.conf.d/99build"),
+        _CA_BUNDLE: _BUILD_CA_BUNDLE,
+        **{source: source for source in _APT_SOURCES},
+        **{wheel: wheel for wheel in wheels if wheel.is_dir()},
+    }
 
 
 def _pip_settings() -> configparser.ConfigParser:
