@@ -72,8 +72,8 @@ def audited_verbs(cluster: Cluster) -> set[tuple[str, str]]:
     with (cluster.layout.logs / "audit.log").open() as lines:
         for line in lines:
             event = json.loads(line)
-            if event["user"]["username"] == SERVICE_ACCOUNT:
-                reference = event["objectRef"]
+            reference = event.get("objectRef")  # none for /version and its like
+            if event["user"]["username"] == SERVICE_ACCOUNT and reference:
                 resource = "/".join(filter(None, (reference["resource"], reference.get("subresource"))))
                 used.add((resource, event["verb"]))
     return used
