@@ -71,6 +71,8 @@ def audited_verbs(cluster: Cluster) -> set[tuple[str, str]]:
     used = set()
     with (cluster.layout.logs / "audit.log").open() as lines:
         for line in lines:
+            if not line.endswith("\n"):
+                continue  # the API server is still writing it
             event = json.loads(line)
             reference = event.get("objectRef")  # none for /version and its like
             if event["user"]["username"] == SERVICE_ACCOUNT and reference:
