@@ -138,7 +138,7 @@ def test_killing_the_operator_at_any_moment_trains_once(
         namespace.cluster.kubectl(*kill)
     namespace.wait("survivor", "Complete")
     namespace.cluster.kubectl(*kill)
-    deployment = ("-n", namespace.cluster.target.operator_namespace, "rollout", "status", "deployment", "--timeout=90s")
+    deployment = ("-n", namespace.cluster.target.operator_namespace, "rollout", "status", "deployment/qlora-operator")
     namespace.cluster.kubectl(*deployment)
     for step in ("prepare", "train", "merge"):
         assert len(namespace.jobs("survivor", step)) == 1
