@@ -70,19 +70,19 @@ class Namespace:
         return next((item for item in self.status(name).get("conditions", []) if item["type"] == kind), None)
 
     def wait(self, name: str, condition: str, seconds: int = 300) -> Manifest:
-        """`kubectl wait` for a condition; on time-out show what the job says of itself. Returns the status."""
-        try:
-            self.kubectl("wait", f"qlj/{name}", f"--for=condition={condition}", f"--timeout={seconds}s")
-        except Exception as error:
-            raise AssertionError(f"{name} isn't {condition} after {seconds} s: {self.story(name)}") from error
-        return self.status(name)
+        """Wait for a condition. Returns the status."""
+        return self._wait(name, f"condition={condition}", seconds)
 
     def wait_for(self, name: str, jsonpath: str, seconds: int = 300) -> Manifest:
-        """`kubectl wait --for=jsonpath=…`, such as `{.status.phase}=Training`. Returns the status."""
+        """Wait for a field, such as `{.status.phase}=Training`. Returns the status."""
+        return self._wait(name, f"jsonpath={jsonpath}", seconds)
+
+    def _wait(self, name: str, what: str, seconds: int) -> Manifest:
+        """`kubectl wait`; on time-out show what the job says of itself."""
         try:
-            self.kubectl("wait", f"qlj/{name}", f"--for=jsonpath={jsonpath}", f"--timeout={seconds}s")
+            self.kubectl("wait", f"qlj/{name}", f"--for={what}", f"--timeout={seconds}s")
         except Exception as error:
-            raise AssertionError(f"{name}: no {jsonpath} after {seconds} s: {self.story(name)}") from error
+            raise AssertionError(f"{name}: no {what} after {seconds} s: {self.story(name)}") from error
         return self.status(name)
 
     def jobs(self, name: str, step: str | None = None) -> list[Manifest]:
