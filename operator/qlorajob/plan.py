@@ -10,21 +10,62 @@ from pydantic import Field
 from qlorajob.base import ContractModel
 
 
+class LinearLayers(ContractModel):
+    """Linear layers of one name and shape: bitsandbytes quantizes them, and LoRA can adapt them."""
+
+    name: Annotated[str, Field(max_length=64)]
+    """Last part of the module's name, such as q_proj."""
+    inputs: Annotated[int, Field(ge=1)]
+    """in_features."""
+    outputs: Annotated[int, Field(ge=1)]
+    """out_features."""
+    count: Annotated[int, Field(ge=1)]
+    """How many there are in the whole model."""
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all of them, without biases."""
+        return self.inputs * self.outputs * self.count
+
+
 class ModelFacts(ContractModel):
-    """What the planner needs to know of a model; read by `prepare` from its config, without loading weights."""
+    """What the planner needs to know of a model; follows from its config.json, without loading weights."""
 
     model_type: Annotated[str, Field(max_length=64)]
     """transformers' model type, such as llama."""
     parameters: Annotated[int, Field(ge=0)]
-    """Parameters of the base model."""
+    """Parameters of the base model, shared ones once: the sum of the kinds below."""
+    linears: tuple[LinearLayers, ...] = ()
+    """The decoder's linear layers, without the output head."""
+    embedding_parameters: Annotated[int, Field(ge=0)] = 0
+    """Token and position embeddings."""
+    head_parameters: Annotated[int, Field(ge=0)] = 0
+    """The output head's own weights; 0 where it shares the embeddings'."""
+    expert_parameters: Annotated[int, Field(ge=0)] = 0
+    """Experts that transformers holds as stacked tensors: bitsandbytes leaves those in 16 bit."""
+    other_parameters: Annotated[int, Field(ge=0)] = 0
+    """Norms, biases, routers and whatever else is neither of the above."""
     layers: Annotated[int, Field(ge=0)] = 0
     """Decoder layers."""
     hidden_size: Annotated[int, Field(ge=0)] = 0
     """Width of the residual stream."""
+    intermediate_size: Annotated[int, Field(ge=0)] = 0
+    """Width inside the feed-forward part (of all the experts that one token visits)."""
+    attention_heads: Annotated[int, Field(ge=0)] = 0
+    """Query heads."""
+    key_value_heads: Annotated[int, Field(ge=0)] = 0
+    """Key and value heads."""
+    head_size: Annotated[int, Field(ge=0)] = 0
+    """Width of one head."""
     vocabulary: Annotated[int, Field(ge=0)] = 0
     """Rows of the output head."""
     weight_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes of the weight files, that is of the download."""
+
+    @property
+    def quantized_parameters(self) -> int:
+        """Weights that training holds in 4 bit."""
+        return sum(linear.parameters for linear in self.linears)
 
 
 class Requests(ContractModel):
@@ -55,8 +96,16 @@ class Plan(ContractModel):
     """Rows that go through one GPU at once."""
     gradient_accumulation: Annotated[int, Field(ge=1)]
     """Micro batches that make one optimizer step."""
-    checkpointing: Literal["none", "full"]
-    """Gradient checkpointing: none or every layer."""
+    checkpointing: Literal["none", "partial", "full"]
+    """Gradient checkpointing: of no layer, of the first `checkpointedLayers`, or of every one."""
+    checkpointed_layers: Annotated[int, Field(ge=0)] = 0
+    """How many layers, from the first, compute their forward pass again instead of keeping its results."""
+    offload_checkpoints: bool = False
+    """Checkpoints wait in host memory."""
+    strategy: Literal["single", "ddp", "fsdp"] = "single"
+    """How several GPUs share the work: none do, each holds the whole model, or each holds a part."""
+    predicted_tokens_per_second: Annotated[float, Field(ge=0)] = 0
+    """Predicted training speed, padding counted; 0 where there is no prediction."""
     bf16: bool = True
     """The GPU has bfloat16 (compute capability 8 or more)."""
     requests: Requests
