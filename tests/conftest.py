@@ -22,7 +22,10 @@ def cluster() -> Cluster:
 
 @pytest.fixture(scope="module")
 def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Namespace]:
-    """A fresh namespace for this module, enforcing the restricted Pod Security Standard; deleted afterwards."""
+    """A fresh namespace for this module, enforcing the restricted Pod Security Standard.
+
+    Deleted afterwards, with its pods gone before the next module starts: they would take the node's CPU from it.
+    """
     stem = request.module.__name__.rpartition(".")[2].removeprefix("test_")
     name = f"test-{re.sub('[^a-z0-9]+', '-', stem.lower())}"
     paths = cluster.layout
@@ -36,5 +39,5 @@ def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Name
     made = Namespace(cluster, name)
     write_s3_secret(made)
     yield made
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
-    cluster.kubectl("delete", "pv", f"qlora-env-{name}", "--wait=false")
+    cluster.kubectl("delete", "namespace", name, "--wait")
+    cluster.kubectl("delete", "pv", f"qlora-env-{name}")

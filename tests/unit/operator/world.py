@@ -201,3 +201,20 @@ class World:
         ready = self.condition("Ready")
         assert ready is not None
         return ready.message
+
+
+def trained(spec: dict[str, Any] | None = None) -> World:
+    """A world whose run has just been trained."""
+    world = World(qlorajob(spec))
+    world.prepare()
+    world.train()
+    return world
+
+
+def training(spec: dict[str, Any] | None = None) -> World:
+    """A world whose run is being trained."""
+    world = World(qlorajob(spec))
+    world.prepare()
+    world.run()
+    world.look()
+    return world
