@@ -16,9 +16,9 @@ from pydantic import ValidationError
 
 from qlora_cli.display import ProgressDisplay, describe
 from qlora_cli.manifests import ManifestError, load_manifest
-from qlora_operator.config import GpuClass, OperatorConfig
-from qlora_operator.gpus import CPU
+from qlora_operator.config import OperatorConfig
 from qlora_operator.plan import DoesNotFit, plan
+from qlora_vram.gpus import CPU, GpuClass
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.identity import prepare_key
 from qlorajob.names import ENV_METRICS_PORT, ENV_REPORT_PATH, ENV_RUN_CONFIG, ENV_WORK_DIR
@@ -112,7 +112,7 @@ def local_gpu() -> GpuClass | None:
     if answer.returncode != 0:
         return None
     name, memory, capability = (part.strip() for part in answer.stdout.strip().split(","))
-    return GpuClass(name=name.replace(" ", "-"), memory_mib=int(memory), bf16=float(capability) >= 8)
+    return GpuClass(name=name.replace(" ", "-"), memory_mib=int(memory), compute_capability=float(capability))
 
 
 class LocalSteps:

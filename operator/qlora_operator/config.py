@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from ruamel.yaml import YAML
 
+from qlora_vram.gpus import GpuClass
+
 ENV_CONFIG: Final = "QLORA_OPERATOR_CONFIG"
 """Path of the YAML file; without it the defaults below hold."""
 DEFAULT_TRAINER_IMAGE: Final = "ghcr.io/qlora-operator/trainer:0.1.0"
@@ -21,21 +23,6 @@ class ConfigModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", alias_generator=to_camel, validate_by_name=True, use_attribute_docstrings=True
     )
-
-
-class GpuClass(ConfigModel):
-    """A kind of GPU that the planner can choose."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$", max_length=63)]
-    """What users write into resources.gpuClass."""
-    products: tuple[str, ...] = ()
-    """Values of the node label nvidia.com/gpu.product that are this class."""
-    memory_mib: Annotated[int, Field(alias="memoryMiB", ge=1024)]
-    """The least that nvidia.com/gpu.memory says for this class (it varies a little with the driver)."""
-    bf16: bool = True
-    """Compute capability 8.0 or more."""
-    cost: Annotated[float, Field(ge=0)] = 1.0
-    """Relative price; decides between classes of equal memory."""
 
 
 class StepResources(ConfigModel):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, Literal
 
-from qlora_operator.config import GpuClass, OperatorConfig
-from qlora_operator.gpus import CPU, GIB, MIB, SHIPPED, by_size, usable_bytes
+from qlora_operator.config import OperatorConfig
+from qlora_vram.gpus import CPU, GIB, MIB, SHIPPED, GpuClass, by_size, usable_bytes
 from qlorajob.errors import Reason
 from qlorajob.plan import ModelFacts, Plan, Requests
 from qlorajob.spec import QLoRAJobSpec

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from qlora_operator.config import GpuClass, OperatorConfig
-from qlora_operator.gpus import SHIPPED
+from qlora_operator.config import OperatorConfig
+from qlora_vram.gpus import SHIPPED, GpuClass
 from qlorajob import names
 from qlorajob.identity import digest
 from qlorajob.plan import Plan, Requests

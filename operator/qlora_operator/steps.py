@@ -14,11 +14,11 @@ from qlora_operator import problems
 from qlora_operator.conditions import summary
 from qlora_operator.decision import Measurement
 from qlora_operator.draft import Draft
-from qlora_operator.gpus import SHIPPED
 from qlora_operator.manifests import merge_job, merge_key, prepare_job, train_job
 from qlora_operator.observed import JobView, PodView
 from qlora_operator.outcome import Outcome
 from qlora_operator.plan import DoesNotFit, plan
+from qlora_vram.gpus import SHIPPED
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.identity import prepare_key
 from qlorajob.run import RunReport, Step

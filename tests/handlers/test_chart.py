@@ -42,7 +42,7 @@ def test_values_reach_the_operator(cluster: Cluster) -> None:
         render(
             cluster,
             "allowRemoteCode=true",
-            'gpuClasses=[{"name":"mine","memoryMiB":24000,"bf16":false}]',
+            'gpuClasses=[{"name":"mine","memoryMiB":24000,"computeCapability":7.5}]',
             'trainer.extraEnv=[{"name":"HF_ENDPOINT","value":"http://mirror"}]',
             'trainer.image={"repository":"r/t","tag":"2"}',
         )

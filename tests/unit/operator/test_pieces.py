@@ -14,11 +14,11 @@ from pydantic import ValidationError
 
 from qlora_operator.config import ENV_CONFIG, OperatorConfig
 from qlora_operator.decision import MAX_EVENT_MESSAGE, Event, Measurement
-from qlora_operator.gpus import SHIPPED
 from qlora_operator.metrics import Metrics
 from qlora_operator.patching import merge_patch
 from qlora_operator.store import FORGET_AFTER, Key, Store
 from qlora_operator.workqueue import WorkQueue
+from qlora_vram.gpus import SHIPPED
 
 KEY = Key("team", "x")
 JSON = st.recursive(
@@ -203,7 +203,7 @@ async def test_a_look_can_ask_for_another() -> None:
 
 def test_the_configuration_is_read_from_the_charts_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("trainerImage: r/t:1\ngpuClasses:\n  - {name: mine, memoryMiB: 24000, bf16: false}\n")
+    file.write_text("trainerImage: r/t:1\ngpuClasses:\n  - {name: mine, memoryMiB: 24000, computeCapability: 7.5}\n")
     monkeypatch.setenv(ENV_CONFIG, str(file))
     config = OperatorConfig.load()
     assert config.trainer_image == "r/t:1"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_operator.config import GpuClass, OperatorConfig
-from qlora_operator.gpus import GIB, SHIPPED, usable_bytes
+from qlora_operator.config import OperatorConfig
 from qlora_operator.plan import DoesNotFit, Shape, estimate, plan
+from qlora_vram.gpus import GIB, SHIPPED, GpuClass, usable_bytes
 from qlorajob.errors import Reason
 from qlorajob.plan import ModelFacts, Plan
 from qlorajob.spec import QLoRAJobSpec
