@@ -58,6 +58,12 @@ class Hardware:
             logger.warning(reason)
         return hardware
 
+    def degrade(self, reason: str | None) -> None:
+        """Note, and log, one more way in which this run does less than it was asked to; None is none."""
+        if reason is not None:
+            self.degradations.append(reason)
+            logger.warning(reason)
+
 
 def _device(plan: Plan, degradations: list[str]) -> Literal["cuda", "cpu"]:
     if plan.gpus == 0:

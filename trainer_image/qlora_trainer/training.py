@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from qlora_trainer.batches import TOKEN_COUNT, Collator, as_dataset
 from qlora_trainer.data import TrainingData
 from qlora_trainer.evaluation import mean_loss
+from qlora_trainer.fast.checkpointing import checkpoint_layers
 from qlora_trainer.hardware import Hardware
 from qlorajob.plan import Plan
 from qlorajob.spec import QLoRAJobSpec
@@ -73,6 +74,7 @@ def make_trainer(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
+    hardware.degrade(checkpoint_layers(model, plan))
     return trainer
 
 
@@ -112,8 +114,7 @@ def _arguments(
         use_cpu=not hardware.on_gpu,
         bf16=hardware.precision == "bf16",
         fp16=hardware.precision == "fp16",
-        gradient_checkpointing=plan.checkpointing == "full",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing=False,  # checkpoint_layers sets up what is planned
         dataloader_pin_memory=hardware.on_gpu,
         # What is said and kept
         logging_steps=training.logging_steps,
