@@ -23,16 +23,9 @@ logger = logging.getLogger(__name__)
 
 def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
     """The base model in 4 bit, frozen. What stays in 16 bit (embeddings, norms, head) has the compute dtype."""
-    spec = settings.spec.quantization
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=spec.type,
-        bnb_4bit_use_double_quant=spec.double_quant,
-        bnb_4bit_compute_dtype=hardware.compute_dtype,
-    )
     model = AutoModelForCausalLM.from_pretrained(
         str(folder),
-        quantization_config=quantization,
+        quantization_config=quantization_config(settings.spec.quantization, hardware),
         dtype=hardware.compute_dtype,  # else some models come as float32
         device_map={"": 0 if hardware.on_gpu else "cpu"},
         attn_implementation=None if trusts_remote_code(settings) else "sdpa",
@@ -43,6 +36,16 @@ def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
     if getattr(model.config, "pretraining_tp", 1) != 1:
         model.config.pretraining_tp = 1  # else Llama-2 computes slices, more slowly
     return model
+
+
+def quantization_config(spec: QuantizationSpec, hardware: Hardware) -> BitsAndBytesConfig:
+    """How bitsandbytes holds the base model."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.type,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=hardware.compute_dtype,
+    )
 
 
 def load_16bit(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
@@ -60,8 +63,17 @@ def add_adapter(model: Any, spec: LoraSpec) -> Any:
 
     Its second matrix starts as zero, so until the first step the model answers exactly as the base does.
     """
+    try:
+        return get_peft_model(model, lora_config(spec))
+    except ValueError as error:
+        message = f"lora.targetModules: PEFT refuses: {str(error).splitlines()[0]}"
+        raise StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field="lora.targetModules") from None
+
+
+def lora_config(spec: LoraSpec) -> LoraConfig:
+    """PEFT's description of the adapter. Without target modules, PEFT takes those it knows for the model's family."""
     targets: str | list[str] | None = None if spec.target_modules == "default" else spec.target_modules  # type: ignore[assignment]
-    config = LoraConfig(
+    return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
@@ -69,11 +81,6 @@ def add_adapter(model: Any, spec: LoraSpec) -> Any:
         bias=spec.bias,
         task_type="CAUSAL_LM",
     )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        message = f"lora.targetModules: PEFT refuses: {str(error).splitlines()[0]}"
-        raise StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field="lora.targetModules") from None
 
 
 def require_isolated_documents(model: Any) -> None:
