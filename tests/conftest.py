@@ -6,11 +6,18 @@ import os
 import re
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from cluster import environment, templates
 from demo.target import find
 from tests.support.live import Cluster, Namespace, write_s3_secret
+
+# How fast an example is made depends on what else the machine does: no property is about that.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
