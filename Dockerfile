@@ -10,6 +10,7 @@ RUN python3 -m venv /opt/venv \
  && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --requirement /build/operator.txt \
  && /opt/venv/bin/pip uninstall --yes --quiet pip setuptools
 COPY operator/qlorajob /opt/qlora/qlorajob
+COPY operator/qlora_vram /opt/qlora/qlora_vram
 COPY operator/qlora_operator /opt/qlora/qlora_operator
 RUN /opt/venv/bin/python -m compileall -q /opt/venv /opt/qlora
 

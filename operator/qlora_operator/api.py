@@ -17,7 +17,7 @@ from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
 from qlora_operator.decision import Event
-from qlora_operator.pods import Manifest
+from qlora_operator.placement import Manifest
 from qlorajob import names
 from qlorajob.resource import Metadata
 
@@ -74,6 +74,7 @@ class Api:
         self._batch = client.BatchV1Api(api_client)
         self._core = client.CoreV1Api(api_client)
         self._custom = client.CustomObjectsApi(api_client)
+        self._resource = client.ResourceV1Api(api_client)
 
     @classmethod
     async def connect(cls) -> Api:
@@ -115,6 +116,18 @@ class Api:
             raise
         created: Manifest = self._client.sanitize_for_serialization(job)
         return created
+
+    async def create_claim_template(self, manifest: Manifest) -> None:
+        """Create a ResourceClaimTemplate; done when it is there already: its name is a digest of its content."""
+        namespace = manifest["metadata"]["namespace"]
+        try:
+            with _translated():
+                await self._resource.create_namespaced_resource_claim_template(
+                    namespace, manifest, _request_timeout=TIMEOUT
+                )
+        except TemporaryApiError as error:
+            if error.status != 409:
+                raise
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         """Delete that very Job; its pods get SIGTERM and follow. Done when it is gone already."""

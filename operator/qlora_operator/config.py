@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from ruamel.yaml import YAML
 
-from qlora_vram.gpus import GpuClass
+from qlora_vram.gpus import MINIMUM_CAPABILITY, GpuClass
 
 ENV_CONFIG: Final = "QLORA_OPERATOR_CONFIG"
 """Path of the YAML file; without it the defaults below hold."""
@@ -55,7 +55,9 @@ class OperatorConfig(ConfigModel):
     allow_remote_code: bool = False
     """Whether model.trustRemoteCode may be used at all."""
     gpu_classes: tuple[GpuClass, ...] = ()
-    """Replaces the shipped table when not empty: list what the cluster has."""
+    """Beside those that nodes tell of, such as autoscaled pools at zero. They win over others of their name."""
+    minimum_compute_capability: Annotated[float, Field(ge=1)] = MINIMUM_CAPABILITY
+    """Older GPUs aren't planned with: the trainer image's torch isn't compiled for them."""
     progress_interval_seconds: Annotated[float, Field(ge=0.2)] = 5.0
     """Time between two looks at the progress of each training pod."""
     retry_backoff_seconds: Annotated[float, Field(gt=0)] = 1.0

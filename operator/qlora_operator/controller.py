@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from qlora_operator.api import Api, ApiError, PermanentApiError
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decision import CreateJob, Decision
+from qlora_operator.decision import CreateClaimTemplate, CreateJob, Decision
+from qlora_operator.fleet import Fleet
 from qlora_operator.metrics import Metrics
 from qlora_operator.observed import JobView, Observed, PodView, observe
 from qlora_operator.patching import merge_patch
@@ -26,18 +27,20 @@ logger = logging.getLogger(__name__)
 
 
 class Controller:
-    """Carries out decisions. `progress` is asked what a pod (by uid) said last."""
+    """Carries out decisions. `fleet` tells the cluster's GPUs, `progress` what a pod (by uid) said last."""
 
     def __init__(
         self,
         api: Api,
         store: Store,
+        fleet: Callable[[], Fleet],
         config: OperatorConfig,
         metrics: Metrics,
         progress: Callable[[str], Progress | None],
     ) -> None:
         self._api = api
         self._store = store
+        self._fleet = fleet
         self._config = config
         self._metrics = metrics
         self._progress = progress
@@ -74,6 +77,8 @@ class Controller:
                 if created:
                     self._store.created_job(key, created)
                     logger.info("created Job %s", action.name, extra={"key": str(key)})
+            elif isinstance(action, CreateClaimTemplate):
+                await self._api.create_claim_template(action.manifest)
             else:
                 await self._api.delete_job(key.namespace, action.name, action.uid)
                 self._store.deleted_job(key, action.uid)
@@ -101,7 +106,7 @@ class Controller:
         plain = observe(self._store.jobs(key), self._store.pods(key))
         pods = [await self._with_news(key, pod, now) for pod in plain.pods]
         jobs = [await self._with_warning(key, job, plain, now) for job in plain.jobs]
-        return Observed(tuple(jobs), tuple(pods))
+        return Observed(tuple(jobs), tuple(pods), self._fleet())
 
     async def _with_news(self, key: Key, pod: PodView, now: datetime) -> PodView:
         changes: dict[str, Any] = {}

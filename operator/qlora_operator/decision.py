@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qlora_operator.pods import Manifest
+from qlora_operator.placement import Manifest
 from qlorajob.status import QLoRAJobStatus
 
 MAX_EVENT_MESSAGE = 1024
@@ -31,7 +31,19 @@ class DeleteJob:
     uid: str
 
 
-Action = CreateJob | DeleteJob
+@dataclass(frozen=True, slots=True)
+class CreateClaimTemplate:
+    """Make this ResourceClaimTemplate; done when one of this name exists, since the name says what is in it."""
+
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """Deterministic; see manifests.claim_template."""
+        return str(self.manifest["metadata"]["name"])
+
+
+Action = CreateJob | DeleteJob | CreateClaimTemplate
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from qlora_operator import conditions
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decision import Action, CreateJob, DeleteJob, Event, Measurement
+from qlora_operator.decision import Action, CreateClaimTemplate, CreateJob, DeleteJob, Event, Measurement
 from qlora_operator.manifests import child_name, merge_key
 from qlora_operator.observed import JobView, Observed, PodView
-from qlora_operator.pods import Manifest
+from qlora_operator.placement import Manifest
 from qlorajob.identity import prepare_key
 from qlorajob.resource import QLoRAJob
 from qlorajob.run import Step
@@ -62,8 +62,10 @@ class Draft:
         """It belongs to this very object, not to a predecessor of the same name."""
         return job.owner_uid == self.job.metadata.uid
 
-    def create(self, step: Step, manifest: Manifest) -> None:
-        """Create the step's next Job and wait for it from now on."""
+    def create(self, step: Step, manifest: Manifest, template: Manifest | None = None) -> None:
+        """Create the step's next Job, after the claim template that it needs, and wait for it from now on."""
+        if template:
+            self.actions.append(CreateClaimTemplate(template))
         action = CreateJob(manifest)
         self.actions.append(action)
         attempts = dict(self.status.attempts) | {step: self.next_number(step)}

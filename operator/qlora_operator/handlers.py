@@ -18,6 +18,7 @@ from aiohttp import web
 from qlora_operator.api import Api
 from qlora_operator.config import OperatorConfig
 from qlora_operator.controller import Controller
+from qlora_operator.inventory import Inventory
 from qlora_operator.metrics import METRICS_PORT, Metrics, NamespacePhase
 from qlora_operator.progress import Poller
 from qlora_operator.store import Key, Raw, Store
@@ -32,11 +33,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Runtime:
     """What lives as long as the operator."""
 
-    def __init__(self, api: Api, store: Store, config: OperatorConfig) -> None:
+    def __init__(self, api: Api, store: Store, inventory: Inventory, config: OperatorConfig) -> None:
         self.api = api
+        self.inventory = inventory
+        self._store = store
         self.metrics = Metrics(lambda: phases(store))
         self.poller = Poller(store, self.metrics, self._changed, config.progress_interval_seconds)
-        controller = Controller(api, store, config, self.metrics, self.poller.latest)
+        controller = Controller(api, store, inventory.fleet, config, self.metrics, self.poller.latest)
         self.queue: WorkQueue[Key] = WorkQueue(
             controller.look,
             backoff_seconds=config.retry_backoff_seconds,
@@ -47,6 +50,12 @@ class Runtime:
 
     def _changed(self, key: Key) -> None:
         self.queue.add(key)
+
+    def gpus_changed(self) -> None:
+        """Look again at every job that has no plan for want of a GPU."""
+        for key in self._store:
+            if is_stalled_without_plan(self._store.qlorajob(key) or {}):
+                self.queue.add(key)
 
     async def start(self) -> None:
         """Start the workers, the poller and the metrics server."""
@@ -82,6 +91,13 @@ def phases(store: Store) -> list[NamespacePhase]:
     return found
 
 
+def is_stalled_without_plan(raw: Raw) -> bool:
+    """It has been prepared, and waits."""
+    status: Raw = raw.get("status") or {}
+    stalled = any(c["type"] == "Stalled" and c["status"] == "True" for c in status.get("conditions") or ())
+    return stalled and bool(status.get("prepared")) and not status.get("plan")
+
+
 @kopf.on.startup()
 async def start(settings: kopf.OperatorSettings, memo: Any, **indexes: Any) -> None:
     """Configure kopf and start everything else. A wrong configuration or a missing CRD ends the process."""
@@ -100,7 +116,9 @@ async def start(settings: kopf.OperatorSettings, memo: Any, **indexes: Any) -> N
         await api.check_crd()
     except Exception as error:
         raise kopf.PermanentError(f"can't start: {error}") from error
-    memo.runtime = Runtime(api, store, config)
+    # Empty where the modules node_handlers and slice_handlers aren't loaded.
+    inventory = Inventory(indexes.get("nodes", {}), indexes.get("slices", {}), config)
+    memo.runtime = Runtime(api, store, inventory, config)
     await memo.runtime.start()
 
 

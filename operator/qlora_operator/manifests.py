@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from qlora_operator.config import OperatorConfig
+from qlora_operator.fleet import Slot
+from qlora_operator.placement import GpuRequest, Manifest, claim_spec
 from qlora_operator.plan import merge_requests
-from qlora_operator.pods import CONTAINER, Manifest, pod_spec
+from qlora_operator.pods import CONTAINER, pod_spec
 from qlorajob import names
 from qlorajob.errors import ExitCode
 from qlorajob.identity import digest, prepare_key
@@ -25,8 +27,11 @@ def child_name(job: QLoRAJob, step: Step, identity: str, number: int) -> str:
     Deterministic, so that creating a Job twice is one Job; different for another uid, so that a re-created QLoRAJob
     never takes its predecessor's Job for its own.
     """
-    prefix = job.metadata.name[:NAME_PREFIX_LENGTH].replace(".", "-").rstrip("-")
-    return f"{prefix}-{step}-{digest([job.metadata.uid, step, identity, number])[:8]}"
+    return f"{_prefix(job)}-{step}-{digest([job.metadata.uid, step, identity, number])[:8]}"
+
+
+def _prefix(job: QLoRAJob) -> str:
+    return job.metadata.name[:NAME_PREFIX_LENGTH].replace(".", "-").rstrip("-")
 
 
 def merge_key(job: QLoRAJob) -> str:
@@ -42,16 +47,38 @@ def prepare_job(job: QLoRAJob, number: int, config: OperatorConfig) -> Manifest:
     return _job(job, "prepare", key, number, _run_config(job, config), requests, config)
 
 
-def train_job(job: QLoRAJob, prepared: Prepared, plan: Plan, number: int, config: OperatorConfig) -> Manifest:
-    """The Job that trains. The only one that may hold a GPU, and the only one that Kueue admits."""
+def train_job(
+    job: QLoRAJob, prepared: Prepared, plan: Plan, number: int, config: OperatorConfig, slot: Slot | None
+) -> Manifest:
+    """The Job that trains, in `slot` where the plan has GPUs. The only one that Kueue admits."""
     run = _run_config(job, config, prepared, plan)
-    manifest = _job(job, "train", prepared.run_id, number, run, plan.requests, config)
+    template = claim_template(job, slot)
+    gpus = GpuRequest(slot, template["metadata"]["name"] if template else "") if slot else None
+    manifest = _job(job, "train", prepared.run_id, number, run, plan.requests, config, gpus)
     if job.spec.queue_name:
         manifest["metadata"]["labels"][KUEUE_QUEUE_LABEL] = job.spec.queue_name
         manifest["spec"]["suspend"] = True
     if job.spec.active_deadline_seconds is not None:
         manifest["spec"]["activeDeadlineSeconds"] = job.spec.active_deadline_seconds
     return manifest
+
+
+def claim_template(job: QLoRAJob, slot: Slot | None) -> Manifest | None:
+    """The ResourceClaimTemplate that train_job's pods refer to; None where they ask for an extended resource.
+
+    One for each kind of claim that the QLoRAJob ever needs, and owned by it, so that it may be created any number of
+    times, and outlives the Job whose pods come and go.
+    """
+    if slot is None or slot.gpu.device_class is None:
+        return None
+    spec = claim_spec(slot)
+    labels = _labels(job, "train")
+    return {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": "ResourceClaimTemplate",
+        "metadata": _owned(job, f"{_prefix(job)}-gpus-{digest([job.metadata.uid, spec])[:8]}", labels),
+        "spec": {"metadata": {"labels": labels}, "spec": spec},
+    }
 
 
 def merge_job(job: QLoRAJob, prepared: Prepared, number: int, config: OperatorConfig) -> Manifest:
@@ -84,45 +111,51 @@ def _job(
     run: RunConfig,
     requests: Requests,
     config: OperatorConfig,
+    gpus: GpuRequest | None = None,
 ) -> Manifest:
-    labels = {
-        "app.kubernetes.io/name": "qlora-trainer",
-        "app.kubernetes.io/component": step,
-        "app.kubernetes.io/part-of": names.PART_OF,
-        "app.kubernetes.io/managed-by": names.PART_OF,
-        names.LABEL_JOB: job.metadata.name,
-        names.LABEL_STEP: step,
-        names.LABEL_ATTEMPT: str(number),
-    }
+    labels = _labels(job, step) | {names.LABEL_ATTEMPT: str(number)}
     if run.prepared:
         labels[names.LABEL_RUN] = run.prepared.run_id
+    template_metadata: Manifest = {"labels": dict(labels)}
+    if gpus:
+        template_metadata["annotations"] = {names.ANNOTATION_GPUS: str(gpus.slot.count)}
     spec: Manifest = {
         "backoffLimit": job.spec.backoff_limit,
         "podFailurePolicy": _failure_policy(),
-        "template": {"metadata": {"labels": dict(labels)}, "spec": pod_spec(step, run, requests, config)},
+        "template": {"metadata": template_metadata, "spec": pod_spec(step, run, requests, config, gpus)},
     }
     if job.spec.ttl_seconds_after_finished is not None:
         spec["ttlSecondsAfterFinished"] = max(job.spec.ttl_seconds_after_finished, config.minimum_ttl_seconds)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {
-            "name": child_name(job, step, identity, number),
-            "namespace": job.metadata.namespace,
-            "labels": labels,
-            "ownerReferences": [
-                {
-                    "apiVersion": f"{names.GROUP}/{names.VERSION}",
-                    "kind": names.KIND,
-                    "name": job.metadata.name,
-                    "uid": job.metadata.uid,
-                    "controller": True,
-                    "blockOwnerDeletion": True,
-                }
-            ],
-        },
+        "metadata": _owned(job, child_name(job, step, identity, number), labels),
         "spec": spec,
     }
+
+
+def _labels(job: QLoRAJob, step: Step) -> dict[str, str]:
+    return {
+        "app.kubernetes.io/name": "qlora-trainer",
+        "app.kubernetes.io/component": step,
+        "app.kubernetes.io/part-of": names.PART_OF,
+        "app.kubernetes.io/managed-by": names.PART_OF,
+        names.LABEL_JOB: job.metadata.name,
+        names.LABEL_STEP: step,
+    }
+
+
+def _owned(job: QLoRAJob, name: str, labels: dict[str, str]) -> Manifest:
+    """Metadata of a child: garbage collection ends it with the QLoRAJob."""
+    owner = {
+        "apiVersion": f"{names.GROUP}/{names.VERSION}",
+        "kind": names.KIND,
+        "name": job.metadata.name,
+        "uid": job.metadata.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+    return {"name": name, "namespace": job.metadata.namespace, "labels": labels, "ownerReferences": [owner]}
 
 
 def _failure_policy() -> Manifest:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from qlora_operator.fleet import Fleet
 from qlora_operator.pods import CONTAINER
 from qlorajob import names
 from qlorajob.run import RunReport
@@ -96,10 +97,12 @@ class PodView:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """Everything in the cluster that carries the job's label, whoever owns it."""
+    """Everything in the cluster that carries the job's label, whoever owns it, and the GPUs that there are."""
 
     jobs: tuple[JobView, ...] = ()
     pods: tuple[PodView, ...] = ()
+    fleet: Fleet = field(default_factory=Fleet)
+    """The cluster's GPUs."""
 
     def job(self, name: str) -> JobView | None:
         """The Job of that name."""
@@ -154,7 +157,6 @@ def pod_view(raw: Raw) -> PodView:
     ended: Raw = state.get("terminated") or {}
     running: Raw = state.get("running") or {}
     scheduled = _condition(status, "PodScheduled")
-    limits = (_ours(raw["spec"].get("containers") or ()).get("resources") or {}).get("limits") or {}
     return PodView(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -163,7 +165,7 @@ def pod_view(raw: Raw) -> PodView:
         step=(metadata.get("labels") or {}).get(names.LABEL_STEP, ""),
         phase=status.get("phase", "Pending"),
         ip=status.get("podIP", ""),
-        gpus=int(limits.get("nvidia.com/gpu", 0)),
+        gpus=int((metadata.get("annotations") or {}).get(names.ANNOTATION_GPUS, 0)),
         created_at=_time(metadata.get("creationTimestamp")),
         started_at=_time(running.get("startedAt") or ended.get("startedAt")),
         finished_at=_time(ended.get("finishedAt")),

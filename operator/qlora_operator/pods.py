@@ -1,30 +1,25 @@
-"""The trainer's pod, piece by piece: security, environment, volumes, placement. Pure."""
+"""The trainer's pod, piece by piece: security, environment, volumes, resources. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 from qlora_operator.config import OperatorConfig
-from qlora_vram.gpus import SHIPPED, GpuClass
+from qlora_operator.placement import GpuRequest, Manifest, placement
 from qlorajob import names
 from qlorajob.identity import digest
 from qlorajob.plan import Plan, Requests
 from qlorajob.run import RunConfig, Step
 from qlorajob.spec import QLoRAJobSpec
 
-Manifest = dict[str, Any]
-
 CONTAINER: Final = "trainer"
 USER: Final = 65532
-GPU_RESOURCE: Final = "nvidia.com/gpu"
-GPU_MEMORY_LABEL: Final = "nvidia.com/gpu.memory"
-GPU_PRODUCT_LABEL: Final = "nvidia.com/gpu.product"
-GPU_MAJOR_LABEL: Final = "nvidia.com/gpu.compute.major"
-MAJORS_WITHOUT_BF16: Final = ("3", "5", "6", "7")
 
 
-def pod_spec(step: Step, run: RunConfig, requests: Requests, config: OperatorConfig) -> Manifest:
+def pod_spec(
+    step: Step, run: RunConfig, requests: Requests, config: OperatorConfig, gpus: GpuRequest | None = None
+) -> Manifest:
     """The pod template's spec of one step. Passes the `restricted` Pod Security Standard."""
     spec, plan = run.spec, run.plan
     pod: Manifest = {
@@ -40,7 +35,7 @@ def pod_spec(step: Step, run: RunConfig, requests: Requests, config: OperatorCon
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(step, run, requests, config)],
+        "containers": [_container(step, run, requests, config, gpus)],
         "volumes": [*_scratch_volumes(plan, requests), *_input_volumes(spec), *config.extra_volumes],
     }
     if config.image_pull_secrets:
@@ -48,12 +43,13 @@ def pod_spec(step: Step, run: RunConfig, requests: Requests, config: OperatorCon
     if spec.service_account_name:
         pod["serviceAccountName"] = spec.service_account_name
     if step == "train":
-        pod |= _placement(spec, plan, config)
+        pod |= placement(spec, config, gpus)
     return pod
 
 
-def _container(step: Step, run: RunConfig, requests: Requests, config: OperatorConfig) -> Manifest:
-    gpus = run.plan.gpus if step == "train" and run.plan else 0
+def _container(
+    step: Step, run: RunConfig, requests: Requests, config: OperatorConfig, gpus: GpuRequest | None
+) -> Manifest:
     limits = {"memory": requests.memory, "ephemeral-storage": requests.ephemeral_storage}
     container: Manifest = {
         "name": CONTAINER,
@@ -64,8 +60,9 @@ def _container(step: Step, run: RunConfig, requests: Requests, config: OperatorC
         "env": [*_environment(run), *config.extra_env],
         "resources": {
             "requests": {"cpu": requests.cpu} | limits,
-            "limits": limits | ({GPU_RESOURCE: str(gpus)} if gpus else {}),
-        },
+            "limits": limits | (gpus.limits if gpus else {}),
+        }
+        | (gpus.claims if gpus else {}),
         # A crash that writes no report leaves the last lines of its log as the message.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
@@ -177,39 +174,3 @@ def _input_mounts(spec: QLoRAJobSpec) -> Iterator[Manifest]:
     for config_map in config_maps(spec):
         volume = _volume_name("config", config_map)
         yield {"name": volume, "mountPath": f"{names.MOUNT_ROOT}/configmap/{config_map}", "readOnly": True}
-
-
-def _placement(spec: QLoRAJobSpec, plan: Plan | None, config: OperatorConfig) -> Manifest:
-    placement: Manifest = {}
-    tolerations = [toleration.to_wire() for toleration in spec.resources.tolerations]
-    if plan and plan.gpus:
-        tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
-        terms = [{"matchExpressions": list(_gpu_expressions(spec, plan, config))}]
-        placement["affinity"] = {
-            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
-        }
-        if config.runtime_class_name:
-            placement["runtimeClassName"] = config.runtime_class_name
-    if tolerations:
-        placement["tolerations"] = tolerations
-    if spec.resources.node_selector:
-        placement["nodeSelector"] = dict(spec.resources.node_selector)
-    if spec.priority_class_name:
-        placement["priorityClassName"] = spec.priority_class_name
-    return placement
-
-
-def _gpu_expressions(spec: QLoRAJobSpec, plan: Plan, config: OperatorConfig) -> Iterator[Manifest]:
-    """A GPU with the planned memory or more; of the very class, when the user named one."""
-    yield {"key": GPU_MEMORY_LABEL, "operator": "Gt", "values": [str(plan.gpu_memory_mib - 1)]}
-    if spec.resources.gpu_class != "auto":
-        products = _products(config.gpu_classes or SHIPPED, plan.gpu_class)
-        if products:
-            yield {"key": GPU_PRODUCT_LABEL, "operator": "In", "values": products}
-    elif plan.bf16:
-        # NotIn also accepts nodes without the label, so that only what is known to lack bfloat16 is left out.
-        yield {"key": GPU_MAJOR_LABEL, "operator": "NotIn", "values": list(MAJORS_WITHOUT_BF16)}
-
-
-def _products(classes: tuple[GpuClass, ...], name: str) -> list[str]:
-    return next((list(gpu.products) for gpu in classes if gpu.name == name), [])

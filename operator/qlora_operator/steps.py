@@ -14,13 +14,14 @@ from qlora_operator import problems
 from qlora_operator.conditions import summary
 from qlora_operator.decision import Measurement
 from qlora_operator.draft import Draft
-from qlora_operator.manifests import merge_job, merge_key, prepare_job, train_job
+from qlora_operator.manifests import claim_template, merge_job, merge_key, prepare_job, train_job
 from qlora_operator.observed import JobView, PodView
 from qlora_operator.outcome import Outcome
 from qlora_operator.plan import DoesNotFit, plan
-from qlora_vram.gpus import SHIPPED
+from qlora_vram.gpus import CPU
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.identity import prepare_key
+from qlorajob.plan import ModelFacts, Plan
 from qlorajob.run import RunReport, Step
 from qlorajob.status import MemoryStatus, Phase, RunStatus
 
@@ -93,21 +94,36 @@ def _start_train(draft: Draft) -> Outcome:
         return outcomes.working(
             Phase.PENDING, Reason.QUEUED, f"Waiting for {others[0]} of an earlier run or attempt to stop", LOOK_AGAIN
         )
-    planned = plan(draft.job.spec, prepared.facts, draft.config.gpu_classes or SHIPPED, draft.config)
+    planned = _plan(draft, prepared.facts)
     if isinstance(planned, DoesNotFit):
+        # Not for good: a node with another GPU may come, and what it changes wakes this job.
         draft.set(plan=None)
-        return outcomes.failed(planned.reason, f"spec.{planned.field}: {planned.message}")
+        return outcomes.waiting(Phase.PENDING, planned.reason, f"spec.{planned.field}: {planned.message}")
     if planned != draft.status.plan:
         draft.event("Normal", "Planned", planned.reason)
     memory = MemoryStatus(predicted_bytes=planned.predicted_peak_bytes)
     started = RunStatus(id=run.id, attempt=run.attempt + 1, started_at=run.started_at or draft.now)
     draft.set(plan=planned, memory=memory, run=started)
-    manifest = train_job(draft.job, prepared, planned, draft.next_number("train"), draft.config)
-    draft.create("train", manifest)
+    slot = draft.observed.fleet.slot(planned.gpu_class, planned.gpus, draft.job.spec.resources)
+    manifest = train_job(draft.job, prepared, planned, draft.next_number("train"), draft.config, slot)
+    draft.create("train", manifest, claim_template(draft.job, slot))
     name = manifest["metadata"]["name"]
     where = f" in queue {draft.job.spec.queue_name}" if draft.job.spec.queue_name else ""
     draft.event("Normal", Reason.QUEUED, f"Run {run.id}, attempt {started.attempt}: created Job {name}{where}")
     return outcomes.working(Phase.QUEUED, Reason.QUEUED, f"Job {name} is created{where}")
+
+
+def _plan(draft: Draft, facts: ModelFacts) -> Plan | DoesNotFit:
+    spec, fleet = draft.job.spec, draft.observed.fleet
+    classes = fleet.classes(spec.resources)
+    if classes or spec.resources.gpu_class == CPU:
+        return plan(spec, facts, classes, draft.config)
+    there = ", ".join(gpu.name for gpu in fleet.classes())
+    if not there:
+        message = f"this cluster's GPUs are older than compute capability {fleet.minimum_capability}"
+        return DoesNotFit(Reason.DOES_NOT_FIT, message, "resources.gpuClass")
+    message = f"no node with a GPU matches it and resources.tolerations; the cluster has {there}"
+    return DoesNotFit(Reason.DOES_NOT_FIT, message, "resources.nodeSelector")
 
 
 def _start_merge(draft: Draft) -> Outcome:

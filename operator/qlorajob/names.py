@@ -18,6 +18,8 @@ LABEL_ATTEMPT: Final = "qlora.dev/attempt"
 """Number of the Job among those of the same step."""
 ANNOTATION_RETRY: Final = "qlora.dev/retry-at"
 """Set to any new value on a failed QLoRAJob to try it again."""
+ANNOTATION_GPUS: Final = "qlora.dev/gpus"
+"""How many GPUs (or slices of one) a training pod holds, however it asks for them."""
 
 ENV_RUN_CONFIG: Final = "QLORA_RUN_CONFIG"
 """The RunConfig as JSON. It holds no secret."""

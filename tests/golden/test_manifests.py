@@ -13,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from qlora_operator.config import OperatorConfig
+from qlora_operator.fleet import Fleet
 from qlora_operator.manifests import merge_job, prepare_job, train_job
 from qlora_operator.plan import plan
 from qlorajob.identity import prepare_key
@@ -36,7 +37,8 @@ def jobs(case: str) -> list[dict[str, Any]]:
     found = prepared(prepare_key(job.spec), "0123456789abcdef", facts=facts)
     planned = plan(job.spec, facts)
     assert isinstance(planned, Plan)
-    made = [prepare_job(job, 1, CONFIG), train_job(job, found, planned, 1, CONFIG)]
+    slot = Fleet().slot(planned.gpu_class, planned.gpus, job.spec.resources)
+    made = [prepare_job(job, 1, CONFIG), train_job(job, found, planned, 1, CONFIG, slot)]
     return made + ([merge_job(job, found, 1, CONFIG)] if job.spec.merge.enabled else [])
 
 

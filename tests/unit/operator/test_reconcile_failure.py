@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from qlora_operator.fleet import Fleet
+from qlora_vram.gpus import GpuClass
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.run import RunReport
 from qlorajob.status import Phase
@@ -16,14 +18,28 @@ MERGE = {"merge": {"enabled": True}}
 # Plans that can't be
 
 
-def test_a_model_that_fits_no_gpu_fails_without_a_gpu_pod() -> None:
+def test_a_model_that_fits_no_gpu_is_stalled_without_a_gpu_pod() -> None:
     world = World(qlorajob({"resources": {"gpuClass": "T4"}, "training": {"maxSequenceLength": 131072}}))
     world.prepare(facts=LLAMA_7B)
-    assert world.status.phase is Phase.FAILED
+    assert world.status.phase is Phase.PENDING
     assert world.reason() == Reason.DOES_NOT_FIT
     assert world.message().startswith("spec.resources.gpuClass: ")
     assert world.live("train") == []
-    assert {"Failed", "Stalled", "Finished"} <= world.true()
+    assert "Stalled" in world.true()
+    assert not {"Failed", "Finished", "Reconciling"} & world.true()
+
+
+def test_a_model_that_fits_no_gpu_trains_once_a_larger_one_is_there() -> None:
+    world = World(qlorajob({"resources": {"gpuClass": "auto"}, "training": {"maxSequenceLength": 8192}}))
+    world.fleet = Fleet(values=(GpuClass(name="L4", memory_mib=22487),))
+    world.prepare(facts=LLAMA_7B.model_copy(update={"parameters": 70_000_000_000, "layers": 80, "hidden_size": 8192}))
+    assert world.reason() == Reason.DOES_NOT_FIT
+    assert "L4" in world.message()
+    world.fleet = Fleet(values=(*world.fleet.values, GpuClass(name="B200", memory_mib=182642)))
+    world.look()
+    assert [view.step for view in world.live("train")] == ["train"]
+    assert world.status.plan
+    assert world.status.plan.gpu_class == "B200"
 
 
 def test_an_unknown_gpu_class_names_the_known_ones() -> None:

@@ -12,7 +12,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decision import CreateJob, Decision, DeleteJob, Event
+from qlora_operator.decision import Action, CreateClaimTemplate, Decision, DeleteJob, Event
+from qlora_operator.fleet import Fleet
 from qlora_operator.observed import JobView, Observed, PodView, Waiting
 from qlora_operator.reconcile import reconcile
 from qlorajob.errors import ExitCode
@@ -50,6 +51,7 @@ class World:
 
     job: QLoRAJob = field(default_factory=qlorajob)
     config: OperatorConfig = field(default_factory=OperatorConfig)
+    fleet: Fleet = field(default_factory=Fleet)
     jobs: dict[str, JobView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
     now: datetime = START
@@ -65,7 +67,7 @@ class World:
 
     @property
     def observed(self) -> Observed:
-        return Observed(tuple(self.jobs.values()), tuple(self.pods.values()))
+        return Observed(tuple(self.jobs.values()), tuple(self.pods.values()), self.fleet)
 
     def look(self, *, record: bool = True) -> Decision:
         """One reconcile, carried out. Without `record` the operator dies before it writes the status."""
@@ -79,7 +81,10 @@ class World:
             self.recorded |= {self.status.job} if self.status.job else set()
         return decision
 
-    def _carry_out(self, action: CreateJob | DeleteJob) -> None:
+    def _carry_out(self, action: Action) -> None:
+        if isinstance(action, CreateClaimTemplate):
+            self.manifests[action.name] = action.manifest
+            return
         if isinstance(action, DeleteJob):
             if action.name in self.jobs and self.jobs[action.name].uid == action.uid:
                 del self.jobs[action.name]
