@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.hardware import Hardware
+from qlora_trainer.quirks import let_falcon_be_quantized
 from qlora_trainer.settings import Settings
 from qlora_trainer.tokenizer import trusts_remote_code
 from qlorajob.errors import Reason, StepError
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
     """The base model in 4 bit, frozen. What stays in 16 bit (embeddings, norms, head) has the compute dtype."""
+    let_falcon_be_quantized()
     model = AutoModelForCausalLM.from_pretrained(
         str(folder),
         quantization_config=quantization_config(settings.spec.quantization, hardware),
