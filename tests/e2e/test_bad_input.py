@@ -127,9 +127,15 @@ IN_THE_CLUSTER = (
         "EndpointUnreachable",
         ("spec.output.endpoint", "127.0.0.1:9"),
     ),
-    Stalled("too-big", {"model": {"uri": f"s3://{BUCKET}/huge-model"}, **ON_GPU}, "DoesNotFit", ("GB", "B200")),
     Stalled(
-        "no-such-class", {"resources": {"gpuClass": "Voodoo2"}}, "Unsupported", ("spec.resources.gpuClass", "A100")
+        "too-big", {"model": {"uri": f"s3://{BUCKET}/huge-model"}, **ON_GPU}, "DoesNotFit", ("GB", "L4"), waiting=True
+    ),
+    Stalled(
+        "no-such-class",
+        {"resources": {"gpuClass": "Voodoo2"}},
+        "Unsupported",
+        ("spec.resources.gpuClass", "L4"),
+        waiting=True,
     ),
     Stalled("no-unsloth", {"training": {"backend": "unsloth"}}, "Unsupported", ("spec.training.backend",)),
 )

@@ -14,15 +14,24 @@ from ruamel.yaml import YAML
 
 from qlora_operator.config import OperatorConfig
 from qlora_operator.fleet import Fleet
-from qlora_operator.manifests import merge_job, prepare_job, train_job
+from qlora_operator.manifests import claim_template, merge_job, prepare_job, train_job
 from qlora_operator.plan import plan
+from qlora_vram.gpus import GpuClass
 from qlorajob.identity import prepare_key
 from qlorajob.plan import Plan
 from qlorajob.resource import QLoRAJob, parse
+from tests.support import gpus
+from tests.support.gpus import fleet
 from tests.support.reports import LLAMA_7B, TINY, prepared
 
 HERE = Path(__file__).parent
 CASES = sorted(path.stem for path in (HERE / "cases").glob("*.yaml"))
+FLEETS = {
+    "mig": fleet(gpus.mig_mixed("a", "NVIDIA-A100-SXM4-80GB", {"3g.40gb": (40192, 2)}, gpus=0, pool="training")),
+    "dra": fleet(gpus.resource_slice("a", gpus.device("gpu-0", "NVIDIA H100 80GB HBM3", 81559, "9.0"))),
+    "memory": fleet(values=(GpuClass(name="homemade", memory_mib=32000, cost=1),)),
+}
+"""What the cluster of a case has; the shipped table stands in for the others."""
 CONFIG = OperatorConfig(trainer_image="registry/trainer:1", image_pull_secrets=("registry",))
 
 
@@ -32,14 +41,19 @@ def load(case: str) -> QLoRAJob:
 
 def jobs(case: str) -> list[dict[str, Any]]:
     """The Jobs of all three steps, merge where it is wanted."""
-    job = load(case)
+    job, there = load(case), FLEETS.get(case, Fleet())
     facts = TINY if job.spec.resources.gpu_class == "cpu" else LLAMA_7B
     found = prepared(prepare_key(job.spec), "0123456789abcdef", facts=facts)
-    planned = plan(job.spec, facts)
+    planned = plan(job.spec, facts, there.classes(job.spec.resources))
     assert isinstance(planned, Plan)
-    slot = Fleet().slot(planned.gpu_class, planned.gpus, job.spec.resources)
+    slot = there.slot(planned.gpu_class, planned.gpus, job.spec.resources)
     made = [prepare_job(job, 1, CONFIG), train_job(job, found, planned, 1, CONFIG, slot)]
     return made + ([merge_job(job, found, 1, CONFIG)] if job.spec.merge.enabled else [])
+
+
+def template(case: str) -> dict[str, Any] | None:
+    job = load(case)
+    return claim_template(job, FLEETS[case].slot(job.spec.resources.gpu_class, 1, job.spec.resources))
 
 
 def render(documents: list[dict[str, Any]]) -> str:
@@ -57,8 +71,17 @@ def containers(case: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_manifests_are_as_recorded(case: str) -> None:
-    path = HERE / f"{case}.jobs.yaml"
-    rendered = render(jobs(case))
+    assert_recorded(HERE / f"{case}.jobs.yaml", jobs(case))
+
+
+def test_the_claim_template_is_as_recorded() -> None:
+    made = template("dra")
+    assert made
+    assert_recorded(HERE / "dra.template.yaml", [made])
+
+
+def assert_recorded(path: Path, documents: list[dict[str, Any]]) -> None:
+    rendered = render(documents)
     if os.environ.get("QLORA_UPDATE_GOLDEN"):
         path.write_text(rendered)
     assert rendered == path.read_text()
@@ -99,6 +122,39 @@ def test_only_the_training_pod_asks_for_a_gpu() -> None:
         False,
         True,
         False,
+    ]
+
+
+def test_a_slice_is_asked_for_by_its_own_resource() -> None:
+    limits = [item["resources"]["limits"] for item in containers("mig")]
+    assert [set(limit) - {"memory", "ephemeral-storage"} for limit in limits] == [set(), {"nvidia.com/mig-3g.40gb"}]
+
+
+def test_a_claimed_gpu_is_asked_for_by_a_template_that_is_there() -> None:
+    train = jobs("dra")[1]["spec"]["template"]["spec"]
+    made = template("dra")
+    assert made
+    assert train["resourceClaims"] == [{"name": "gpus", "resourceClaimTemplateName": made["metadata"]["name"]}]
+    assert train["containers"][0]["resources"]["claims"] == [{"name": "gpus"}]
+    assert "affinity" not in train
+    assert not any("nvidia.com" in key for key in train["containers"][0]["resources"]["limits"])
+    assert made["spec"]["spec"]["devices"]["requests"][0]["exactly"]["deviceClassName"] == "gpu.nvidia.com"
+
+
+def test_a_class_without_labels_is_found_by_its_memory() -> None:
+    affinity = jobs("memory")[1]["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert [(found["key"], found["operator"], found["values"]) for found in term["matchExpressions"]] == [
+        ("nvidia.com/gpu.memory", "Gt", ["31999"]),
+        ("nvidia.com/gpu.memory", "Lt", ["33601"]),
+    ]
+
+
+def test_the_users_tolerations_and_selector_are_beside_the_plans() -> None:
+    pod = jobs("mig")[1]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"pool": "training"}
+    assert [toleration["key"] for toleration in pod["tolerations"]] == [
+        *("dedicated", "nvidia.com/gpu", "nvidia.com/mig-3g.40gb")
     ]
 
 

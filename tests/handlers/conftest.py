@@ -12,6 +12,7 @@ from tests.handlers.stage import CLAIM, REPOSITORY, OperatorProcess, Stage
 from tests.support.live import Cluster, eventually
 
 CHART = REPOSITORY / "charts" / "qlora-operator"
+RELEASE = "handlers"
 CONFIG = {
     "trainerImage": "qlora/none:none",
     "imagePullPolicy": "Never",
@@ -52,6 +53,8 @@ def stage(
     yield Stage(cluster, name, operator)
     operator.stop()
     cluster.kubectl("-n", name, "delete", "qlj", "--all")  # else the installed operator tries to serve them
+    for kind in ("clusterrole", "clusterrolebinding"):
+        cluster.kubectl("delete", kind, f"{name}-{RELEASE}-qlora-operator")
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
@@ -68,13 +71,13 @@ def _claim() -> dict[str, object]:
 
 def _kubeconfig(cluster: Cluster, namespace: str, directory: Path) -> Path:
     """A kubeconfig of the chart's ServiceAccount, with the chart's Role in that namespace and no other right."""
-    release = "handlers"
     rendered = cluster.target.helm(
-        *("template", release, str(CHART), "--namespace", namespace, "--kube-version", "1.36.0"),
+        *("template", RELEASE, str(CHART), "--namespace", namespace, "--kube-version", "1.36.0"),
+        *("--set", "discovery.dynamicResources=true"),
         *("--set", f"watchNamespaces={{{namespace}}}", "--show-only", "templates/rbac.yaml"),
     )
     cluster.kubectl("-n", namespace, "apply", "-f", "-", input_text=rendered)
-    account = f"{release}-qlora-operator"
+    account = f"{RELEASE}-qlora-operator"
     token = cluster.kubectl("-n", namespace, "create", "token", account, "--duration=4h").strip()
     config = json.loads(cluster.kubectl("config", "view", "--raw", "--flatten", "--minify", "-o", "json"))
     config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]

@@ -38,7 +38,8 @@ class OperatorProcess:
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "kopf", "run", "-m", "qlora_operator.handlers", "--standalone"]
+        command = [sys.executable, "-m", "kopf", "run", "--standalone"]
+        command += [f"--module=qlora_operator.{name}" for name in ("handlers", "node_handlers", "slice_handlers")]
         command += [f"--namespace={self.namespace}", "--log-format=json", "--liveness=http://127.0.0.1:18080/healthz"]
         environment = os.environ | {
             "KUBECONFIG": str(self.kubeconfig),

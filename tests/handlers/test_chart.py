@@ -15,6 +15,7 @@ from tests.handlers.stage import REPOSITORY
 from tests.support.live import Cluster
 
 pytestmark = pytest.mark.cluster
+CLAIMS, NO_CLAIMS = "discovery.dynamicResources=true", "discovery.dynamicResources=false"
 CHART = str(REPOSITORY / "charts" / "qlora-operator")
 
 
@@ -62,7 +63,8 @@ def test_wrong_values_are_refused(cluster: Cluster, value: str) -> None:
 
 
 def test_the_operator_may_do_this_and_no_more(cluster: Cluster) -> None:
-    role = next(r for r in of_kind(render(cluster), "ClusterRole") if r["metadata"]["name"] == "qlora-operator")
+    objects = render(cluster, NO_CLAIMS)
+    role = next(r for r in of_kind(objects, "ClusterRole") if r["metadata"]["name"] == "qlora-operator")
     granted = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
     assert granted == {
         ("qlorajobs", "list"),
@@ -76,11 +78,41 @@ def test_the_operator_may_do_this_and_no_more(cluster: Cluster) -> None:
         ("pods", "watch"),
         ("events", "create"),
         ("events", "list"),
+        ("nodes", "list"),
+        ("nodes", "watch"),
     }
 
 
-def test_an_operator_of_some_namespaces_gets_no_cluster_role(cluster: Cluster) -> None:
-    objects = render(cluster, 'watchNamespaces=["a","b"]', "aggregateRoles=false")
+def test_an_operator_that_claims_gpus_may_do_this_too(cluster: Cluster) -> None:
+    role = next(r for r in of_kind(render(cluster, CLAIMS), "ClusterRole") if r["metadata"]["name"] == "qlora-operator")
+    rules = [rule for rule in role["rules"] if rule["apiGroups"] == ["resource.k8s.io"]]
+    assert {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]} == {
+        ("resourceclaimtemplates", "create"),
+        ("resourceslices", "list"),
+        ("resourceslices", "watch"),
+    }
+
+
+def test_an_operator_of_some_namespaces_looks_at_nodes_and_nothing_else_outside(cluster: Cluster) -> None:
+    objects = render(cluster, 'watchNamespaces=["a","b"]', "aggregateRoles=false", NO_CLAIMS)
+    (role,) = of_kind(objects, "ClusterRole")
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list", "watch"]}]
+
+
+def test_what_the_operator_may_not_look_at_it_does_not_watch(cluster: Cluster) -> None:
+    def modules(*values: str) -> list[str]:
+        (deployment,) = of_kind(render(cluster, *values), "Deployment")
+        arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+        return [argument for argument in arguments if argument.startswith("--module")]
+
+    nodes, slices = "--module=qlora_operator.node_handlers", "--module=qlora_operator.slice_handlers"
+    assert modules(CLAIMS) == [nodes, slices]
+    assert modules(NO_CLAIMS) == [nodes]
+    assert modules(NO_CLAIMS, "discovery.nodes=false") == []
+
+
+def test_an_operator_of_some_namespaces_that_reads_no_nodes_gets_no_cluster_role(cluster: Cluster) -> None:
+    objects = render(cluster, 'watchNamespaces=["a","b"]', "aggregateRoles=false", "discovery.nodes=false", NO_CLAIMS)
     assert of_kind(objects, "ClusterRole") == []
     assert [role["metadata"]["namespace"] for role in of_kind(objects, "Role")] == ["a", "b"]
     arguments = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]["args"]

@@ -46,4 +46,30 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | quote }}
 - apiGroups: [""]
   resources: [events]
   verbs: [create, list] # list: why a pod or Job doesn't start
+{{- if include "qlora.dynamicResources" . }}
+- apiGroups: [resource.k8s.io]
+  resources: [resourceclaimtemplates]
+  verbs: [create]
+{{- end }}
+{{- end -}}
+
+{{- /* What it looks at outside of namespaces. */ -}}
+{{- define "qlora.discoveryRules" -}}
+{{- if .Values.discovery.nodes }}
+- apiGroups: [""]
+  resources: [nodes]
+  verbs: [list, watch]
+{{- end }}
+{{- if include "qlora.dynamicResources" . }}
+- apiGroups: [resource.k8s.io]
+  resources: [resourceslices]
+  verbs: [list, watch]
+{{- end }}
+{{- end -}}
+
+{{- /* Not empty where the operator reads ResourceSlices and makes ResourceClaimTemplates. */ -}}
+{{- define "qlora.dynamicResources" -}}
+{{- if eq (toString .Values.discovery.dynamicResources) "auto" -}}
+{{- if .Capabilities.APIVersions.Has "resource.k8s.io/v1" }}true{{ end -}}
+{{- else if .Values.discovery.dynamicResources }}true{{ end -}}
 {{- end -}}
