@@ -53,16 +53,22 @@ class RunStore:
 
     def upload_tree(self, folder: Path, prefix: str) -> tuple[ManifestFile, ...]:
         """Copy a folder's files below `prefix`, and drop what an earlier try left there."""
-        files = []
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            key = f"{prefix}/{path.relative_to(folder).as_posix()}"
-            with path.open("rb") as content:
-                sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-            self.storage.upload(path, key)
-            files.append(ManifestFile(path=key, bytes=path.stat().st_size, sha256=sha256))
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = tuple(self.upload_file(path, f"{prefix}/{path.relative_to(folder).as_posix()}") for path in paths)
+        self.keep_only(files, prefix)
+        return files
+
+    def upload_file(self, path: Path, key: str) -> ManifestFile:
+        """Copy one file."""
+        with path.open("rb") as content:
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        self.storage.upload(path, key)
+        return ManifestFile(path=key, bytes=path.stat().st_size, sha256=sha256)
+
+    def keep_only(self, files: Iterable[ManifestFile], prefix: str) -> None:
+        """Delete everything else below `prefix`: what an earlier try left there."""
         wanted = {file.path for file in files}
         self.storage.delete([item.key for item in self.storage.list(f"{prefix}/") if item.key not in wanted])
-        return tuple(files)
 
     def write_file(self, key: str, content: bytes) -> ManifestFile:
         """Write one file."""

@@ -1,6 +1,7 @@
 """merge: add the adapter to the original 16-bit weights and put the merged model beside it. Needs no GPU.
 
-Never from re-quantized weights: that would bake the 4-bit rounding in and degrade the adapter.
+Never from re-quantized weights: that would bake the 4-bit rounding in and degrade the adapter. A tensor at a time, and
+each file is uploaded as soon as it is written, so that a model of any size merges in a few GB of memory.
 """
 
 from __future__ import annotations
@@ -9,15 +10,24 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_trainer import logs
 from qlora_trainer.artifacts import RunStore
 from qlora_trainer.context import Context
+from qlora_trainer.settings import usable_memory
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.manifest import ADAPTER, MERGED, REPORT, ArtifactManifest, ManifestFile
 
+if TYPE_CHECKING:
+    from qlora_trainer.merging import Merge
+
 logger = logging.getLogger(__name__)
+
+LOADING_BYTES = 3 << 29
+"""Memory that generating takes beside the weights: Python, torch, transformers and the activations."""
+NOT_TENSORS = ("generation_config.json", "*.py")
+"""Files of the base model that belong to the merged one as they are: code that comes with the model, defaults."""
 
 
 def run(context: Context) -> None:
@@ -39,23 +49,29 @@ def run(context: Context) -> None:
         outcome.message = f"run {prepared.run_id} is already merged"
         return
 
+    from qlora_trainer.hardware import DTYPES
+    from qlora_trainer.merging import plan_merge
     from qlora_trainer.model_source import open_model
-    from qlora_trainer.tokenizer import load_tokenizer
+    from qlora_trainer.tokenizer import load_tokenizer, trusts_remote_code
 
-    source = open_model(settings, prepared.model_revision)
-    base = source.weights_folder()
+    logs.tame_libraries()
+    base = open_model(settings, prepared.model_revision).weights_folder()
     adapter = _clean(settings.folder(ADAPTER))
     store.download_tree(manifest.files, ADAPTER, adapter)
-    model = _merged_model(context, base, adapter)
-    tokenizer = load_tokenizer(base, settings)
-    merged = _clean(settings.folder(MERGED))
-    model.save_pretrained(str(merged))
-    tokenizer.save_pretrained(str(merged))
-    files = store.upload_tree(merged, MERGED)
+    dtype = DTYPES[spec.merge.dtype]
+    merge = plan_merge(base, adapter, dtype, trust_remote_code=trusts_remote_code(settings))
+    report["merge"] = {"dtype": spec.merge.dtype, "layers": len(merge.layers), "bytes": merge.bytes}
+
+    folder, tokenizer = _clean(settings.folder(MERGED)), load_tokenizer(base, settings)
+    asks = bool(report.get("prompts")) and _can_load(merge.bytes, report)
+    files = _write_weights(merge, folder, store, keep=asks)
+    del merge
+    files += _write_metadata(base, folder, store, tokenizer, spec.merge.dtype)
+    store.keep_only(files, MERGED)
     logger.info("merged model is in storage", extra={"bytes": sum(file.bytes for file in files)})
 
-    report["merge"] = {"dtype": spec.merge.dtype}
-    _answer(context, report, model, tokenizer)
+    if asks:
+        _answer(context, report, folder, tokenizer)
     files += (store.write_file(REPORT, json.dumps(report, ensure_ascii=False, indent=1).encode()),)
     manifest = _with_merged(manifest, files, store)
     store.publish(manifest)
@@ -63,33 +79,75 @@ def run(context: Context) -> None:
     outcome.message = f"merged into {spec.merge.dtype} weights"
 
 
-def _merged_model(context: Context, base: Path, adapter: Path) -> Any:
-    from peft import PeftModel
+def _write_weights(merge: Merge, folder: Path, store: RunStore, *, keep: bool) -> tuple[ManifestFile, ...]:
+    """Merge and upload file by file. Unless they are wanted here too (`keep`), the disk holds one of them at a time."""
+    from qlora_trainer.checkpoint_files import SAFETENSORS_INDEX, index_of, plan_shards, write_shard
 
-    from qlora_trainer.hardware import DTYPES
-    from qlora_trainer.model import load_16bit
+    shards = plan_shards(merge.tensors)
+    files = []
+    for shard in shards:
+        path = folder / shard.file
+        write_shard(path, shard, merge.compute)
+        files.append(store.upload_file(path, f"{MERGED}/{shard.file}"))
+        logger.info("merged %s", shard.file, extra={"bytes": shard.bytes, "tensors": len(shard.tensors)})
+        if not keep:
+            path.unlink()
+    if len(shards) > 1:
+        path = folder / SAFETENSORS_INDEX
+        path.write_text(json.dumps(index_of(shards), indent=1), encoding="utf-8")
+        files.append(store.upload_file(path, f"{MERGED}/{path.name}"))
+    return tuple(files)
 
-    logs.tame_libraries()
-    model = load_16bit(base, context.settings, DTYPES[context.spec.merge.dtype])
-    logger.info("base model loaded", extra={"dtype": context.spec.merge.dtype})
-    tuned = PeftModel.from_pretrained(model, str(adapter))
-    return tuned.merge_and_unload(safe_merge=True)  # refuses to write weights that aren't numbers
+
+def _write_metadata(base: Path, folder: Path, store: RunStore, tokenizer: Any, dtype: str) -> tuple[ManifestFile, ...]:
+    """Config, tokenizer, chat template and code: all that makes the weights a model."""
+    before = set(folder.iterdir())
+    for pattern in NOT_TENSORS:
+        for path in base.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = {"dtype": dtype} | _with_dtype(config, dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(str(folder))
+    written = sorted(path for path in folder.rglob("*") if path.is_file() and path not in before)
+    return tuple(store.upload_file(path, f"{MERGED}/{path.relative_to(folder).as_posix()}") for path in written)
 
 
-def _answer(context: Context, report: dict[str, Any], model: Any, tokenizer: Any) -> None:
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with the new type wherever it names the old one: `torch_dtype` until transformers 5, then `dtype`."""
+    changed = dict(config)
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            changed[key] = dtype
+        elif isinstance(value, dict):
+            changed[key] = _with_dtype(value, dtype)
+    return changed
+
+
+def _can_load(size: int, report: dict[str, Any]) -> bool:
+    """Whether a model of this size can be held in memory whole; the report says so if not."""
+    need, limit = size + size // 8 + LOADING_BYTES, usable_memory()
+    if need <= limit:
+        return True
+    reason = f"not asked: generating takes {need / 1e9:.1f} GB of memory, and there are {limit / 1e9:.1f} GB"
+    report["merge"]["answers"] = reason
+    logger.warning("merged model %s", reason)
+    return False
+
+
+def _answer(context: Context, report: dict[str, Any], folder: Path, tokenizer: Any) -> None:
     """Let the merged model answer the prompts too, beside what base and tuned model said."""
     from qlora_trainer.evaluation import answers
     from qlora_trainer.formats import Columns, Encoder
+    from qlora_trainer.hardware import DTYPES
+    from qlora_trainer.model import load_16bit
 
     spec = context.spec
-    asked = [entry["prompt"] for entry in report.get("prompts", [])]
-    if not asked:
-        return
+    model = load_16bit(folder, context.settings, DTYPES[spec.merge.dtype])
     encoder = Encoder(tokenizer, spec.dataset, Columns(report["data"]["format"], {}))
-    ids = [encoder.prompt_ids(prompt) for prompt in asked]
-    for entry, answer in zip(
-        report["prompts"], answers(model, tokenizer, ids, spec.evaluation.max_new_tokens), strict=True
-    ):
+    ids = [encoder.prompt_ids(entry["prompt"]) for entry in report["prompts"]]
+    said = answers(model, tokenizer, ids, spec.evaluation.max_new_tokens)
+    for entry, answer in zip(report["prompts"], said, strict=True):
         entry["merged"] = answer
 
 

@@ -107,6 +107,17 @@ def usable_cpus() -> int:
     return max(1, min(cores, round(quota))) if quota else cores
 
 
+def usable_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that this process may use: the smaller of its cgroup's limit (v2, then v1) and the machine's."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int((cgroup / name).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(limits)
+
+
 def _cgroup_cpu_quota(root: Path) -> float | None:
     """CPUs that the cgroup may use (v2, then v1), None without a limit."""
     try:

@@ -1,0 +1,66 @@
+"""Merging takes the memory of the largest tensor, not of the model: measured in a process of its own."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qlora_trainer.checkpoint_files import SAFETENSORS, TensorInfo, plan_shards, write_shard
+from qlora_trainer.merging import plan_merge
+
+MIB = 1 << 20
+MOST_BYTES = 1000 * MIB
+"""Of all memory, mapped files included; Python with torch, transformers and PEFT takes more than half of it."""
+
+
+def make(folder: Path) -> int:
+    """A model of 1.1 billion parameters in two large files, and an adapter; its size in bytes."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    weights = [TensorInfo(name, value.dtype, tuple(value.shape)) for name, value in model.named_parameters()]
+    (shard,) = plan_shards(weights)
+    write_shard(folder / SAFETENSORS, shard, lambda tensor: torch.ones(tensor.shape, dtype=tensor.dtype))
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, lora, low_cpu_mem_usage=True)
+    lora.save_pretrained(folder)
+    names = {name.replace(".default", ""): value.shape for name, value in tuned.named_parameters() if "lora_" in name}
+    save_file({name: torch.full(shape, 0.1) for name, shape in names.items()}, folder / "adapter_model.safetensors")
+    return shard.bytes
+
+
+def merge(folder: Path) -> None:
+    """Merge file by file, as the command does, and print the peak of this process's memory in bytes."""
+    torch.set_num_threads(1)
+    plan = plan_merge(folder, folder, torch.bfloat16, trust_remote_code=False)
+    for shard in plan_shards(plan.tensors):
+        path = folder / f"merged-{shard.file}"
+        write_shard(path, shard, plan.compute)
+        path.unlink()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def test_a_merge_takes_less_than_half_of_the_model_s_size(tmp_path: Path) -> None:
+    size = make(tmp_path)
+    done = subprocess.run([sys.executable, "-m", __name__, tmp_path], capture_output=True, text=True, check=True)
+    assert size > 2 * MOST_BYTES
+    assert int(done.stdout) < MOST_BYTES
+
+
+if __name__ == "__main__":
+    merge(Path(sys.argv[1]))
