@@ -48,11 +48,6 @@ class Blueprint:
     values: Mapping[str, Any]
 
     @property
-    def head(self) -> str:
-        """Module path of the output head."""
-        return self.family.head
-
-    @property
     def tied(self) -> bool:
         """The head shares the token embeddings' weights."""
         return bool(self.values["tie_word_embeddings"])
@@ -65,6 +60,14 @@ class Blueprint:
         for layer in range(self.values["num_hidden_layers"]):
             for linear in self._layer(layer):
                 yield f"{self.family.layers}.{layer}.{linear.path}", linear
+
+    def linear_paths(self) -> tuple[str, ...]:
+        """Module paths of all linear layers, the head's last."""
+        return *(path for path, _ in self.linears()), self.family.head
+
+    def head_path(self) -> str:
+        """Module path of the output head."""
+        return self.family.head
 
     def facts(self, weight_bytes: int = 0) -> ModelFacts:
         """Counts by kind. `weight_bytes` is the size of the files, which no config tells."""
@@ -193,5 +196,6 @@ def _values(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check(key: str, value: Any, default: Any) -> None:
     if isinstance(default, bool) or (value is None and key not in SIZES):
         return
-    if type(value) is not int or value < (1 if key in SIZES else 0):
-        raise InvalidConfigError(f"config.json: {key} must be a whole number above 0, not {value!r}")
+    least = 1 if key in SIZES else 0
+    if type(value) is not int or value < least:
+        raise InvalidConfigError(f"config.json: {key} must be a whole number of at least {least}, not {value!r}")

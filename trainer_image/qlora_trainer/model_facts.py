@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from qlora_trainer.libraries import import_transformers
 from qlora_trainer.model_source import ModelSource
 from qlora_trainer.settings import Settings
 from qlora_trainer.tokenizer import trusts_remote_code
+from qlora_vram.facts import Blueprint, InvalidConfigError, blueprint
 from qlorajob.errors import Reason, StepError
 from qlorajob.plan import ModelFacts
 from qlorajob.spec import QLoRAJobSpec
@@ -16,23 +19,45 @@ from qlorajob.spec import QLoRAJobSpec
 MAX_NAMES_IN_MESSAGE = 24
 
 
+class Outline(Protocol):
+    """Which modules a model has, and how large they are."""
+
+    def facts(self, weight_bytes: int) -> ModelFacts:
+        """Counts by kind."""
+
+    def linear_paths(self) -> tuple[str, ...]:
+        """Module paths of its linear layers, the output head's included."""
+
+    def head_path(self) -> str:
+        """Module path of the output head."""
+
+
 def inspect_model(source: ModelSource, settings: Settings) -> ModelFacts:
-    """Facts of the model; refuses one that can't be trained as the manifest asks."""
+    """Facts of the model; refuses one that can't be trained as the manifest asks.
+
+    Most models are known by their config.json alone, so that no pod spends seconds on importing torch. One that isn't,
+    or that brings code of its own, is built without weights and looked at.
+    """
     folder = source.metadata_folder()
     raw = _raw_config(folder, settings.spec.model.uri)
+    known = _known(raw, settings)
+    own_code = trusts_remote_code(settings) and any(name.endswith(".py") for name in source.files.metadata)
+    import_transformers(with_torch=known is None or own_code)
     _check_remote_code(raw, settings)
     config = _load_config(folder, settings)
-    model = _meta_model(config, settings)
+    model = known or _meta_model(config, settings)
     _check_target_modules(model, str(raw.get("model_type", "")), settings.spec)
-    text = config.get_text_config()
-    return ModelFacts(
-        model_type=config.model_type,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=getattr(text, "num_hidden_layers", 0) or 0,
-        hidden_size=getattr(text, "hidden_size", 0) or 0,
-        vocabulary=getattr(text, "vocab_size", 0) or 0,
-        weight_bytes=source.files.weight_bytes,
-    )
+    return model.facts(source.files.weight_bytes)
+
+
+def _known(raw: dict[str, Any], settings: Settings) -> Blueprint | None:
+    """How the model is built, where its config.json is enough to tell."""
+    try:
+        found = blueprint(raw)
+    except InvalidConfigError as error:
+        raise _unreadable(error, settings) from None
+    replaced = trusts_remote_code(settings) and "auto_map" in raw  # by code that may build something else
+    return None if found is None or (replaced and not found.family.remote_code) else found
 
 
 def _raw_config(folder: Path, uri: str) -> dict[str, Any]:
@@ -83,18 +108,19 @@ def _load_config(folder: Path, settings: Settings) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trusts_remote_code(settings))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        message = f"model.uri: the config of {settings.spec.model.uri} can't be read: {_first_line(error)}"
-        raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
+        raise _unreadable(error, settings) from None
 
 
-def _meta_model(config: Any, settings: Settings) -> Any:
-    """The model without memory for its weights: exact names and shapes in a second."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def _unreadable(error: Exception, settings: Settings) -> StepError:
+    message = f"model.uri: the config of {settings.spec.model.uri} can't be read: {_first_line(error)}"
+    return StepError(Reason.MODEL_INVALID, message, field="model.uri")
+
+
+def _meta_model(config: Any, settings: Settings) -> Outline:
+    from qlora_trainer.meta_model import MetaModel
 
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_remote_code(settings))
+        return MetaModel(config, trust_remote_code=trusts_remote_code(settings))
     except (ValueError, ImportError) as error:
         message = (
             f"model.uri: {settings.spec.model.uri} ({config.model_type}) isn't a causal language model: "
@@ -103,37 +129,34 @@ def _meta_model(config: Any, settings: Settings) -> Any:
         raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
 
 
-def _check_target_modules(model: Any, model_type: str, spec: QLoRAJobSpec) -> None:
+def _check_target_modules(model: Outline, model_type: str, spec: QLoRAJobSpec) -> None:
     """Every name in lora.targetModules must match a layer: PEFT is content when any of them does."""
     field = "lora.targetModules"
     wanted = spec.lora.target_modules
     if wanted == "all-linear":
         return
     if wanted == "default":
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-        if model_type not in KNOWN:
+        if not _has_default_targets(model, model_type):
             message = f"{field}: PEFT has no default layers for {model_type}; set all-linear or name the layers"
             raise StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field=field)
         return
-    linear = _linear_layers(model)
-    head = model.get_output_embeddings()
-    absent = [name for name in wanted if not any(_is_target(layer, name) for layer in linear)]
+    layers, head = model.linear_paths(), model.head_path()
+    absent = [name for name in wanted if not any(_is_target(layer, name) for layer in layers)]
     if absent:
-        message = f"{field}: the model has no linear layer {', '.join(absent)}; it has {_short_names(linear)}"
+        message = f"{field}: the model has no linear layer {', '.join(absent)}; it has {_short_names(layers)}"
         raise StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field=field)
-    heads = [name for name in wanted for layer, module in linear.items() if module is head and _is_target(layer, name)]
+    heads = [name for name in wanted if head and _is_target(head, name)]
     if heads:
         message = f"{field}: {heads[0]} is the output head, which stays as it is; take it off the list"
         raise StepError(Reason.UNSUPPORTED, message, field=field)
 
 
-def _linear_layers(model: Any) -> dict[str, Any]:
-    import torch
-    from transformers.pytorch_utils import Conv1D  # GPT-2's
+def _has_default_targets(model: Outline, model_type: str) -> bool:
+    if isinstance(model, Blueprint):
+        return bool(model.family.lora_default)
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    kinds = (torch.nn.Linear, Conv1D)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return model_type in KNOWN
 
 
 def _is_target(layer: str, name: str) -> bool:
@@ -141,8 +164,8 @@ def _is_target(layer: str, name: str) -> bool:
     return layer == name or layer.endswith(f".{name}")
 
 
-def _short_names(linear: dict[str, Any]) -> str:
-    names = list(dict.fromkeys(layer.rpartition(".")[2] for layer in linear))
+def _short_names(layers: Iterable[str]) -> str:
+    names = list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
     more = ", …" if len(names) > MAX_NAMES_IN_MESSAGE else ""
     return ", ".join(names[:MAX_NAMES_IN_MESSAGE]) + more
 

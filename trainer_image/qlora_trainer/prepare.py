@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 
-from qlora_trainer import logs
 from qlora_trainer.artifacts import RunStore, check_output, open_output
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
@@ -37,7 +36,6 @@ def run(context: Context) -> None:
     source = open_model(settings)
     clock.lap("model")
 
-    logs.tame_libraries()
     facts = inspect_model(source, settings)
     tokenizer = load_tokenizer(source.metadata_folder(), settings)
     clock.lap("facts")
