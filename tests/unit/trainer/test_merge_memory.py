@@ -15,18 +15,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qlora_trainer.checkpoint_files import SAFETENSORS, TensorInfo, plan_shards, write_shard
 from qlora_trainer.merging import plan_merge
 
-MIB = 1 << 20
-MOST_BYTES = 1000 * MIB
-"""Of all memory, mapped files included; Python with torch, transformers and PEFT takes more than half of it."""
+MOST_BYTES = 400 << 20
+"""On top of Python with torch, transformers and PEFT. The largest tensor takes 134 MB, the largest update 67."""
 
 
 def make(folder: Path) -> int:
-    """A model of 1.1 billion parameters in two large files, and an adapter; its size in bytes."""
+    """A model of 0.6 billion parameters in one file, and an adapter; its size in bytes."""
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
         intermediate_size=8192,
-        num_hidden_layers=16,
+        num_hidden_layers=8,
         num_attention_heads=16,
         tie_word_embeddings=True,
     )
@@ -45,21 +44,27 @@ def make(folder: Path) -> int:
 
 
 def merge(folder: Path) -> None:
-    """Merge file by file, as the command does, and print the peak of this process's memory in bytes."""
+    """Merge file by file, as the command does, and print by how many bytes the peak of this process's memory rises."""
     torch.set_num_threads(1)
+    before = peak()
     plan = plan_merge(folder, folder, torch.bfloat16, trust_remote_code=False)
     for shard in plan_shards(plan.tensors):
         path = folder / f"merged-{shard.file}"
         write_shard(path, shard, plan.compute)
         path.unlink()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak() - before)
 
 
-def test_a_merge_takes_less_than_half_of_the_model_s_size(tmp_path: Path) -> None:
+def peak() -> int:
+    """Peak of this process's memory in bytes, mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_merge_takes_far_less_memory_than_the_model_has(tmp_path: Path) -> None:
     size = make(tmp_path)
     done = subprocess.run([sys.executable, "-m", __name__, tmp_path], capture_output=True, text=True, check=True)
-    assert size > 2 * MOST_BYTES
-    assert int(done.stdout) < MOST_BYTES
+    assert size > 2.8 * MOST_BYTES
+    assert int(done.stdout) < MOST_BYTES, done.stdout
 
 
 if __name__ == "__main__":
