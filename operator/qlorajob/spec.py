@@ -92,7 +92,7 @@ class ValidationSpec(SpecModel):
     )
 
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the rows that is held out, chosen by training.seed."""
+    """Share of the rows that is held out, chosen by training.seed. Equal rows stay on one side."""
     uri: DatasetUri | None = None
     """Dataset with the validation rows, in the training data's format."""
     split: Line | None = None
@@ -102,10 +102,20 @@ class ValidationSpec(SpecModel):
 class DatasetSpec(SpecModel):
     """The training data."""
 
+    RULES: ClassVar = (
+        Rule(
+            cel="!has(self.subset) || self.uri.startsWith('hf://')",
+            message="dataset.subset is for hf:// datasets: choose files by uri and split elsewhere",
+            holds=lambda d: d.subset is None or d.uri.startswith("hf://"),
+        ),
+    )
+
     uri: DatasetUri
     """Where the data is: hf://organisation/name[@revision], s3://bucket/path, pvc://claim/path or configmap://name/key."""
     split: Line = "train"
     """Split to train on, where the dataset has splits."""
+    subset: Line | None = None
+    """Subset (configuration) of an hf:// dataset that has several."""
     format: Literal["auto", "text", "instruction", "prompt-completion", "chat"] = "auto"
     """How a row becomes text. `auto` decides by the columns that are there."""
     columns: ColumnsSpec = ColumnsSpec()
@@ -114,6 +124,8 @@ class DatasetSpec(SpecModel):
     """Prompt of instruction rows: alpaca, alpaca-zh, or a Jinja template over instruction, input and output."""
     filter: ColumnFilter = Field(default={})
     """Keep only the rows whose column has this value, for example {gold_label: contradiction}."""
+    deduplicate: bool = False
+    """Use equal rows once. Rows are compared as they are learnt, so columns that aren't read play no part."""
     validation: ValidationSpec | None = None
     """Held-out rows. Without them there is no validation loss."""
 

@@ -152,6 +152,23 @@ class Artifacts(ContractModel):
     """report.json."""
 
 
+class DataSummary(ContractModel):
+    """What became of the dataset's rows, and how long they are."""
+
+    read_rows: int
+    """Rows that were read."""
+    dropped: Mapping[str, int] = Field(default={})
+    """Rows that aren't used, by reason: filter, empty, cut (nothing to learn before maxSequenceLength), duplicate."""
+    truncated_rows: int = 0
+    """Training rows that are cut at maxSequenceLength."""
+    shared_rows: int = 0
+    """Training rows that stand in the validation data too: they make its loss look better than it is."""
+    longest_row: int = 0
+    """Tokens of the longest training row, before it is cut."""
+    lengths: Mapping[str, int] = Field(default={})
+    """Training rows by length before they are cut: how many have at most 16, 32, 64, … tokens, each counted once."""
+
+
 class Prepared(ContractModel):
     """What `prepare` found out: identity of the inputs and size of the work."""
 
@@ -168,7 +185,9 @@ class Prepared(ContractModel):
     validation_rows: int = 0
     """Held-out rows."""
     dropped_rows: int = 0
-    """Rows that the filter dropped or that were empty."""
+    """Rows that aren't used."""
+    data: DataSummary | None = None
+    """What became of the rows; not repeated when the run is finished already."""
     train_tokens: int
     """Tokens of one pass over the training rows."""
     total_steps: int

@@ -1,49 +1,65 @@
-"""The training data: read, filter, split, tokenise, pack. The same code in prepare and train, so their counts agree."""
+"""The training data: read, filter, tokenise, split, pack. The same code in prepare and train, so their counts agree.
+
+Rows are read one after the other and tokens go to disk: what stays in memory is some numbers a row.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 
+from qlora_trainer.corpus import Corpus as Corpus
+from qlora_trainer.corpus import Document as Document
+from qlora_trainer.corpus import Documents, DocumentWriter, Numbers
 from qlora_trainer.formats import IGNORED, Columns, Encoder, Format
 from qlora_trainer.packing import pack
-from qlora_trainer.rows import RawData, Row, load_rows
+from qlora_trainer.rows import Row
+from qlora_trainer.selection import Digests, Mask, held_out, repeated
 from qlora_trainer.settings import Settings
+from qlora_trainer.sources import Source, open_source
+from qlora_trainer.statistics import histogram
 from qlorajob import identity
 from qlorajob.errors import Reason, StepError
 from qlorajob.spec import QLoRAJobSpec
+from qlorajob.status import DataSummary
 
-TOKENIZE_BATCH = 1000
-TOKEN = np.int32
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One row as tokens. A label of -100 isn't learnt; the first never is, since nothing comes before it."""
-
-    input_ids: np.ndarray[Any, np.dtype[np.int32]]
-    labels: np.ndarray[Any, np.dtype[np.int32]]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
+TOKENIZE_BATCH = 128
+DropReason = Literal["filter", "empty", "cut", "duplicate"]
+"""dataset.filter, nothing to learn, nothing to learn before maxSequenceLength, dataset.deduplicate."""
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
-    """Documents, and which of them share a sequence."""
+class Part:
+    """Rows of one source that became documents, and why the others didn't."""
 
-    documents: Sequence[Document]
-    sequences: Sequence[Sequence[int]]
-    """Indices of the documents in each sequence. One each without packing."""
+    documents: Documents
+    digests: Digests
+    row_lengths: Numbers
+    """Tokens of each row before it was cut."""
+    rows: int
+    """Rows that were read."""
+    dropped: Counter[DropReason]
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of one pass, padding not counted."""
-        return sum(len(document) for document in self.documents)
+    def chosen(self, mask: Mask) -> Part:
+        """Some of the documents."""
+        return replace(
+            self,
+            documents=self.documents.chosen(mask),
+            digests=self.digests[mask],
+            row_lengths=self.row_lengths[mask],
+        )
+
+    def without(self, mask: Mask, reason: DropReason) -> Part:
+        """The documents but some, which are counted as dropped."""
+        kept = self.chosen(~mask)
+        return replace(kept, dropped=self.dropped + Counter({reason: int(mask.sum())}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +70,22 @@ class TrainingData:
     validation: Corpus | None
     encoder: Encoder
     digest: str
-    dropped_rows: int
-    truncated_rows: int
+    summary: DataSummary
 
     @property
     def format(self) -> Format:
         """Format of the rows, found or given."""
         return self.encoder.columns.format
+
+    @property
+    def dropped_rows(self) -> int:
+        """Rows that are neither trained on nor held out."""
+        return sum(self.summary.dropped.values())
+
+    @property
+    def truncated_rows(self) -> int:
+        """Training rows that were cut."""
+        return self.summary.truncated_rows
 
     def total_steps(self, spec: QLoRAJobSpec) -> int:
         """Optimizer steps of the whole run: transformers' count, which depends on the global batch alone."""
@@ -73,97 +98,125 @@ class TrainingData:
 def load_data(settings: Settings, tokenizer: Any) -> TrainingData:
     """Build the data of a run from its manifest. Raises StepError with the field that is to blame."""
     spec = settings.spec.dataset
-    raw = load_rows(spec.uri, spec.split, settings, field="dataset.uri", split_field="dataset.split")
-    if not raw.rows:
+    source = open_source(spec.uri, spec.split, settings, field="dataset.uri", split_field="dataset.split")
+    columns = source.columns()
+    if not columns:
         raise StepError(Reason.DATASET_EMPTY, f"dataset.uri: {spec.uri} has no rows", field="dataset.uri")
-    encoder = Encoder(tokenizer, spec, Columns.detect(spec, raw))
-    rows = _filtered(raw, spec.filter)
-    digest = raw.digest
-    held_out: Sequence[Row] = ()
-    dropped = len(raw.rows) - len(rows)
+    encoder = Encoder(tokenizer, spec, Columns.detect(spec, columns))
+    train = _encode(source, columns, encoder, settings)
+    digest, validation = source.digest, None
     if spec.validation is not None and spec.validation.fraction is not None:
-        rows, held_out = split_rows(rows, spec.validation.fraction, settings.spec.training.seed)
+        mask = held_out(train.digests, spec.validation.fraction)
+        train, validation = train.chosen(~mask), replace(train.chosen(mask), rows=0, dropped=Counter())
     elif spec.validation is not None:
-        validation = _load_validation(settings)
-        held_out = _filtered(validation, spec.filter)
-        digest = identity.digest([raw.digest, validation.digest])
-    train = _encode(rows, encoder, settings.spec)
-    validation_corpus = _encode(held_out, encoder, settings.spec) if spec.validation is not None else None
-    _require_rows(train, validation_corpus)
+        own = _open_validation(settings)
+        validation = _encode(own, _validation_columns(own, encoder, settings), encoder, settings)
+        digest = identity.digest([source.digest, own.digest])
+    return _training_data(train, validation, encoder, digest, settings.spec)
+
+
+def _training_data(
+    train: Part, validation: Part | None, encoder: Encoder, digest: str, spec: QLoRAJobSpec
+) -> TrainingData:
+    """Count, pack and refuse what is empty."""
+    shared = np.isin(train.digests, validation.digests) if validation else np.zeros(len(train.digests), bool)
+    if spec.dataset.deduplicate:
+        train, shared = train.without(shared, "duplicate"), shared[:0]
+    _require_documents(train, validation)
+    dropped = train.dropped + (validation.dropped if validation else Counter())
+    summary = DataSummary(
+        read_rows=train.rows + (validation.rows if validation else 0),
+        dropped={reason: dropped[reason] for reason in sorted(dropped)},
+        truncated_rows=int((train.row_lengths > spec.training.max_sequence_length).sum()),
+        shared_rows=int(shared.sum()),
+        longest_row=int(train.row_lengths.max()),
+        lengths=histogram(train.row_lengths),
+    )
     return TrainingData(
-        train=train.corpus,
-        validation=validation_corpus.corpus if validation_corpus else None,
+        train=_corpus(train.documents, spec),
+        validation=_corpus(validation.documents, spec) if validation else None,
         encoder=encoder,
         digest=digest,
-        dropped_rows=dropped + train.empty + (validation_corpus.empty if validation_corpus else 0),
-        truncated_rows=train.truncated,
+        summary=summary,
     )
 
 
-def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows, chosen by the seed alone: at least one row on each side where there are two."""
-    count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
-    chosen = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    return (
-        [row for number, row in enumerate(rows) if number not in chosen],
-        [row for number, row in enumerate(rows) if number in chosen],
-    )
+def _corpus(documents: Documents, spec: QLoRAJobSpec) -> Corpus:
+    if spec.training.packing:
+        return Corpus(documents, pack(documents.lengths.tolist(), spec.training.max_sequence_length))
+    return Corpus(documents, [[number] for number in range(len(documents))])
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    corpus: Corpus
-    empty: int
-    truncated: int
-
-
-def _encode(rows: Sequence[Row], encoder: Encoder, spec: QLoRAJobSpec) -> _Encoded:
-    """Tokenise and pack. Rows are cut at the end; those with nothing left to learn are dropped."""
+def _encode(source: Source, columns: Sequence[str], encoder: Encoder, settings: Settings) -> Part:
+    """Filter and tokenise. Rows are cut at the end; those with nothing to learn are dropped, and counted by reason."""
+    spec = settings.spec
+    _require_filter_columns(spec.dataset.filter, columns)
     limit = spec.training.max_sequence_length
-    documents: list[Document] = []
-    empty = truncated = 0
-    for encoded in _in_batches(rows, encoder):
-        if encoded is None:
-            empty += 1
-            continue
-        ids, labels = encoded
-        truncated += len(ids) > limit
-        labels = [IGNORED, *labels[1:limit]]
-        if all(label == IGNORED for label in labels):
-            empty += 1
-            continue
-        documents.append(Document(np.asarray(ids[:limit], TOKEN), np.asarray(labels, TOKEN)))
-    lengths = [len(document) for document in documents]
-    sequences = pack(lengths, limit) if spec.training.packing else [[number] for number in range(len(documents))]
-    return _Encoded(Corpus(documents, sequences), empty, truncated)
+    writer = DocumentWriter(settings.folder("tokens"), spec.training.seed)
+    row_lengths, dropped, rows = array("q"), Counter[DropReason](), 0
+    for batch in _batches(source, TOKENIZE_BATCH):
+        rows += len(batch)
+        wanted = [row for row in batch if _passes(row, spec.dataset.filter)]
+        dropped["filter"] += len(batch) - len(wanted)
+        for encoded in encoder.encode(wanted):
+            if encoded is None:
+                dropped["empty"] += 1
+                continue
+            ids, labels = encoded
+            labels = [IGNORED, *labels[1:limit]]
+            if all(label == IGNORED for label in labels):
+                dropped["cut" if len(ids) > limit else "empty"] += 1
+                continue
+            writer.add(ids[:limit], labels)
+            row_lengths.append(len(ids))
+    documents, digests = writer.finish()
+    part = Part(documents, digests, np.array(row_lengths, np.int64), rows, +dropped)
+    return part.without(repeated(digests), "duplicate") if spec.dataset.deduplicate else part
 
 
-def _in_batches(rows: Sequence[Row], encoder: Encoder) -> Iterable[tuple[list[int], list[int]] | None]:
-    for start in range(0, len(rows), TOKENIZE_BATCH):
-        yield from encoder.encode(rows[start : start + TOKENIZE_BATCH])
+def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
-def _load_validation(settings: Settings) -> RawData:
+def _open_validation(settings: Settings) -> Source:
     spec = settings.spec.dataset
     assert spec.validation is not None  # noqa: S101 - the caller's branch; tells mypy
-    field = "dataset.validation.uri" if spec.validation.uri else "dataset.validation.split"
-    return load_rows(
+    return open_source(
         spec.validation.uri or spec.uri,
         spec.validation.split or spec.split,
         settings,
-        field=field,
+        field=_validation_field(settings),
         split_field="dataset.validation.split",
     )
 
 
-def _filtered(data: RawData, wanted: Mapping[str, str]) -> Sequence[Row]:
+def _validation_columns(source: Source, encoder: Encoder, settings: Settings) -> list[str]:
+    """Columns of the validation data: those that the training data's format needs must be among them."""
+    columns, field = source.columns(), _validation_field(settings)
+    for name in encoder.columns.needed:
+        if name not in columns:
+            found = f"they have {', '.join(columns)}" if columns else "they have no rows"
+            message = f"{field}: the validation data need a column {name}, as the training data; {found}"
+            raise StepError(Reason.COLUMN_MISSING, message, field=field)
+    return columns
+
+
+def _validation_field(settings: Settings) -> str:
+    validation = settings.spec.dataset.validation
+    return "dataset.validation.uri" if validation and validation.uri else "dataset.validation.split"
+
+
+def _require_filter_columns(wanted: Mapping[str, str], columns: Sequence[str]) -> None:
     for column in wanted:
-        if column not in data.columns:
-            message = f"dataset.filter: there is no column {column}; the dataset has {', '.join(data.columns)}"
+        if column not in columns:
+            message = f"dataset.filter: there is no column {column}; the dataset has {', '.join(columns)}"
             raise StepError(Reason.COLUMN_MISSING, message, field="dataset.filter")
-    if not wanted:
-        return data.rows
-    return [row for row in data.rows if all(_plain(row.values.get(key)) == value for key, value in wanted.items())]
+
+
+def _passes(row: Row, wanted: Mapping[str, str]) -> bool:
+    return all(_plain(row.values.get(key)) == value for key, value in wanted.items())
 
 
 def _plain(value: Any) -> str:
@@ -173,10 +226,11 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _require_rows(train: _Encoded, validation: _Encoded | None) -> None:
-    if not train.corpus.documents:
-        message = "dataset: no row is left to train on; look at dataset.filter and at empty columns"
+def _require_documents(train: Part, validation: Part | None) -> None:
+    if not len(train.documents):
+        dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(train.dropped.items()))
+        message = f"dataset: no row is left to train on (dropped: {dropped}); look at dataset.filter and the columns"
         raise StepError(Reason.DATASET_EMPTY, message, field="dataset.filter")
-    if validation is not None and not validation.corpus.documents:
+    if validation is not None and not len(validation.documents):
         message = "dataset.validation: no row is left to validate on; hold out more, or drop dataset.validation"
         raise StepError(Reason.DATASET_EMPTY, message, field="dataset.validation")

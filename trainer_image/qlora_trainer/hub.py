@@ -1,4 +1,4 @@
-"""The Hugging Face hub: the only module that talks to it about models. Its errors leave as StepErrors."""
+"""The Hugging Face hub: the only module that talks to it. Its errors leave as StepErrors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_trainer.uris import HubRepo
 from qlorajob.errors import ExitCode, Reason, StepError
@@ -45,6 +46,50 @@ def resolve_dataset(repo: HubRepo, *, field: str) -> str:
 
     with _translated(repo, missing=Reason.DATASET_NOT_FOUND, field=field):
         return str(HfApi().dataset_info(repo.repo, revision=repo.revision).sha)
+
+
+@dataclass(frozen=True, slots=True)
+class HubSplit:
+    """Which part of a dataset repository, and the fields of the manifest that say so."""
+
+    subset: str | None
+    split: str
+    field: str
+    split_field: str
+
+
+def load_dataset(repo: str, commit: str, part: HubSplit) -> Any:
+    """One split of a dataset at a commit, as `datasets` keeps it: in Arrow files on disk, mapped into memory."""
+    from datasets import exceptions, load_dataset
+
+    try:
+        with _translated(HubRepo(repo, commit), missing=Reason.DATASET_NOT_FOUND, field=part.field):
+            return load_dataset(repo, part.subset, revision=commit, split=part.split)
+    except (exceptions.DatasetNotFoundError, exceptions.DataFilesNotFoundError) as error:
+        message = f"{part.field}: {first_line(error)}"
+        raise StepError(Reason.DATASET_NOT_FOUND, message, field=part.field) from None
+    except (ValueError, RuntimeError, exceptions.DatasetsError) as error:
+        raise _unusable(repo, part, error) from None
+
+
+def _unusable(repo: str, part: HubSplit, error: Exception) -> StepError:
+    """What `datasets` found wrong: it says which by its words alone."""
+    said = " ".join(str(error).split())
+    if said.startswith(("Config name is missing", "BuilderConfig")):
+        subsets = said.partition("[")[2].partition("]")[0]
+        message = f"dataset.subset: {repo} comes in subsets, set this to one of {subsets}"
+        return StepError(Reason.DATASET_NOT_FOUND, message, field="dataset.subset")
+    if isinstance(error, ValueError) and "split" in said:
+        message = f"{part.split_field}: {repo} has no split {part.split}: {first_line(error)}"
+        return StepError(Reason.DATASET_NOT_FOUND, message, field=part.split_field)
+    message = f"{part.field}: {repo} can't be loaded: {first_line(error.__cause__ or error)}"
+    return StepError(Reason.DATASET_INVALID, message, field=part.field)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; its name when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 @contextmanager

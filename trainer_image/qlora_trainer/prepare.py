@@ -56,6 +56,7 @@ def run(context: Context) -> None:
         train_rows=len(data.train.documents),
         validation_rows=len(data.validation.documents) if data.validation else 0,
         dropped_rows=data.dropped_rows,
+        data=data.summary if manifest is None else None,  # the finished run's report says it
         train_tokens=data.train.tokens,
         total_steps=data.total_steps(spec),
         facts=facts,
@@ -87,7 +88,9 @@ def refuse_unsupported(spec: QLoRAJobSpec) -> None:
 
 def _summary(prepared: Prepared) -> str:
     held_out = f", {prepared.validation_rows} held out" if prepared.validation_rows else ""
+    reasons = prepared.data.dropped.items() if prepared.data else ()
+    dropped = f", dropped: {', '.join(f'{count} {reason}' for reason, count in reasons)}" if reasons else ""
     return (
         f"run {prepared.run_id}: {prepared.facts.parameters / 1e6:.0f} M parameters, {prepared.train_rows} rows"
-        f"{held_out}, {prepared.train_tokens} tokens, {prepared.total_steps} steps"
+        f"{held_out}{dropped}, {prepared.train_tokens} tokens, {prepared.total_steps} steps"
     )

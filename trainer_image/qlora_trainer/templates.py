@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError
+from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlorajob.errors import Reason, StepError
@@ -48,15 +48,20 @@ _ANSWER_HERE = "\x02answer\x03"
 
 
 class PromptTemplate:
-    """Turns instruction, input and output into the text to learn, or into the prompt alone."""
+    """Turns instruction, input and output into the text to learn, or into the prompt alone.
+
+    `parts` are those of the three that the template uses.
+    """
 
     def __init__(self, source: str) -> None:
         """Raises StepError when the template can't be used for any row."""
         environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
         )
+        text = BUILT_IN.get(source, source)
         try:
-            self._template: Template = environment.from_string(BUILT_IN.get(source, source))
+            self._template: Template = environment.from_string(text)
+            self.parts = frozenset(meta.find_undeclared_variables(environment.parse(text)))
         except TemplateError as error:
             message = f"{FIELD}: not a Jinja template: {error} (line {getattr(error, 'lineno', '?')})"
             raise StepError(Reason.TEMPLATE_INVALID, message, field=FIELD) from None
@@ -78,6 +83,7 @@ class PromptTemplate:
             message = f"{FIELD}: rendering fails: {type(error).__name__}: {error}"
         raise StepError(Reason.TEMPLATE_INVALID, message, field=FIELD)
 
-    def prompt(self, instruction: str) -> str:
-        """The text up to where the answer goes."""
-        return self.render(instruction, "", _ANSWER_HERE).partition(_ANSWER_HERE)[0]
+    def prompt(self, question: str) -> str:
+        """The text up to where the answer goes. The question is input where the template has its own instruction."""
+        instruction, input_text = (question, "") if "instruction" in self.parts else ("", question)
+        return self.render(instruction, input_text, _ANSWER_HERE).partition(_ANSWER_HERE)[0]

@@ -38,6 +38,7 @@ DECISIONS: dict[str, tuple[Any, str]] = {
     "model.cacheClaim": ("other", PLACE),
     "dataset.uri": ("hf://org/other", PLACE),
     "dataset.split": ("other", RESULT),
+    "dataset.subset": ("other", RESULT),
     "dataset.format": ("chat", RESULT),
     **{
         f"dataset.columns.{part}": ("other", RESULT)
@@ -45,6 +46,7 @@ DECISIONS: dict[str, tuple[Any, str]] = {
     },
     "dataset.template": ("alpaca-zh", RESULT),
     "dataset.filter": ({"label": "x"}, RESULT),
+    "dataset.deduplicate": (True, RESULT),
     "dataset.validation.fraction": (0.1, RESULT),
     "dataset.validation.uri": ("hf://org/other", PLACE),
     "dataset.validation.split": ("other", RESULT),
@@ -190,4 +192,4 @@ def test_the_run_id_changes_with_the_content_of_model_and_data() -> None:
 
 def test_ids_are_stable_between_releases() -> None:
     """A changed id trains everyone's finished jobs again: change the test only with a note in CHANGELOG.md."""
-    assert identity({}) == ("27753f3b9acc9e11", "c79da00e26792294")
+    assert identity({}) == ("6fab58b29924a7f7", "c960f67cde89194e")

@@ -17,7 +17,7 @@ from qlorajob.names import REPORT_MAX_BYTES
 from qlorajob.plan import ModelFacts, Plan, Requests
 from qlorajob.resource import parse
 from qlorajob.run import RunConfig, RunReport
-from qlorajob.status import Artifact, Artifacts, MemoryStatus, Prepared, Progress
+from qlorajob.status import Artifact, Artifacts, DataSummary, MemoryStatus, Prepared, Progress
 from tests.unit.contract.manifests import manifest
 
 LONGEST_ENVIRONMENT_STRING = 128 * 1024
@@ -34,6 +34,11 @@ PREPARED = Prepared(
     key="k" * 64, run_id="r" * 64, model_revision="r" * 128, dataset_digest="d" * 80, train_rows=HUGE,
     validation_rows=HUGE, dropped_rows=HUGE, train_tokens=HUGE, total_steps=HUGE, facts=FACTS, artifacts=ARTIFACTS,
     promoted=False,
+)  # fmt: skip
+DATA = DataSummary(
+    read_rows=HUGE, truncated_rows=HUGE, shared_rows=HUGE, longest_row=HUGE,
+    dropped=dict.fromkeys(("filter", "empty", "cut", "duplicate"), HUGE),
+    lengths={str(16 << n): HUGE for n in range(17)},
 )  # fmt: skip
 LOSS = 1.2345678901234567e-100
 PROGRESS = Progress(
@@ -65,10 +70,11 @@ def config(spec: dict[str, Any] | None = None, **fields: Any) -> RunConfig:
     "longest",
     [
         report("prepare", prepared=PREPARED),
+        report("prepare", prepared=PREPARED.model_copy(update={"artifacts": None, "data": DATA})),
         report("train", artifacts=ARTIFACTS, progress=PROGRESS, memory=MEMORY, promoted=False),
         report("merge", artifacts=ARTIFACTS),
     ],
-    ids=["prepare", "train", "merge"],
+    ids=["prepare, finished before", "prepare", "train", "merge"],
 )
 @given(message=texts)
 def test_a_report_fits_a_termination_message_and_only_its_message_is_cut(longest: RunReport, message: str) -> None:

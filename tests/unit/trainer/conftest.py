@@ -89,10 +89,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Pa
 
 @pytest.fixture(scope="session")
 def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 rows of instruction, input and output as JSON Lines."""
+    """48 rows of instruction, input and output as JSON Lines, no two of them equal."""
     path = tmp_path_factory.mktemp("data") / "codes.jsonl"
     rows = [
-        {"instruction": f"code of {word}", "input": "" if number % 3 else "short", "output": word[:3]}
+        {"instruction": f"code of {word}", "input": ("", "short", "long")[number // len(WORDS)], "output": word[:3]}
         for number, word in enumerate(WORDS * 3)
     ][:48]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

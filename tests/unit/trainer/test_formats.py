@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_trainer.formats import IGNORED, Columns, Encoder
-from qlora_trainer.rows import RawData, Row
+from qlora_trainer.rows import Row
 from qlorajob.errors import Reason, StepError
 from qlorajob.spec import DatasetSpec
 
@@ -16,14 +16,9 @@ def _spec(**fields: Any) -> DatasetSpec:
     return DatasetSpec.model_validate({"uri": "s3://bucket/rows.jsonl", **fields})
 
 
-def _data(*records: dict[str, Any]) -> RawData:
-    return RawData([Row(record, f"line {number}") for number, record in enumerate(records, start=1)], "digest")
-
-
 def _encode(tokenizer: Any, record: dict[str, Any], **spec: Any) -> tuple[list[int], list[int]] | None:
-    data = _data(record)
-    encoder = Encoder(tokenizer, _spec(**spec), Columns.detect(_spec(**spec), data))
-    (document,) = encoder.encode(data.rows)
+    encoder = Encoder(tokenizer, _spec(**spec), Columns.detect(_spec(**spec), list(record)))
+    (document,) = encoder.encode([Row(record, "line 1")])
     return document
 
 
@@ -42,23 +37,23 @@ def _encode(tokenizer: Any, record: dict[str, Any], **spec: Any) -> tuple[list[i
     ],
 )
 def test_auto_finds_the_format_by_the_columns(record: dict[str, Any], columns: dict[str, str], expected: str) -> None:
-    assert Columns.detect(_spec(columns=columns), _data(record)).format == expected
+    assert Columns.detect(_spec(columns=columns), list(record)).format == expected
 
 
 def test_a_column_that_the_manifest_names_must_be_there() -> None:
     with pytest.raises(StepError, match="there is no column answers; the dataset has question, answer") as refused:
-        Columns.detect(_spec(columns={"output": "answers"}), _data({"question": "x", "answer": "y"}))
+        Columns.detect(_spec(columns={"output": "answers"}), ["question", "answer"])
     assert (refused.value.reason, refused.value.field) == (Reason.COLUMN_MISSING, "dataset.columns.output")
 
 
 def test_a_format_needs_its_columns() -> None:
     with pytest.raises(StepError, match="format instruction needs a column output; the dataset has instruction"):
-        Columns.detect(_spec(format="instruction"), _data({"instruction": "x"}))
+        Columns.detect(_spec(format="instruction"), ["instruction"])
 
 
 def test_columns_that_fit_no_format_are_listed() -> None:
     with pytest.raises(StepError, match="can't tell the format from the columns a, b") as refused:
-        Columns.detect(_spec(), _data({"a": "x", "b": "y"}))
+        Columns.detect(_spec(), ["a", "b"])
     assert refused.value.field == "dataset.format"
 
 
@@ -93,39 +88,17 @@ def test_a_token_across_the_border_belongs_to_the_completion(tokenizer: Any) -> 
     assert tokenizer.decode(learnt) == " zul</s>"
 
 
-def test_a_chat_is_learnt_whole_where_the_template_marks_no_answers(tokenizer: Any) -> None:
-    messages = [{"role": "user", "content": "code?"}, {"role": "assistant", "content": "zul"}]
-    ids, labels = _encode(tokenizer, {"messages": messages}) or ([], [])
-    assert tokenizer.decode(ids) == "<|user|>code?</s><|assistant|>zul</s>"
-    assert labels == ids
+def test_a_template_with_its_own_instruction_asks_for_the_input(tokenizer: Any) -> None:
+    record = {"premise": "code of zulu", "answer": "zul"}
+    columns = {"input": "premise", "output": "answer"}
+    ids, _ = _encode(tokenizer, record, template="Say: {{ input }}>{{ output }}", columns=columns) or ([], [])
+    assert tokenizer.decode(ids) == "Say: code of zulu>zul</s>"
 
 
-def test_of_a_chat_only_the_answers_are_learnt_where_the_template_marks_them(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marked = (
-        "{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}"
-        "{% generation %}{{ message.content }}</s>{% endgeneration %}{% else %}{{ message.content }}</s>{% endif %}"
-        "{% endfor %}"
-    )
-    monkeypatch.setattr(tokenizer, "chat_template", marked)
-    messages = [{"role": "user", "content": "code?"}, {"role": "assistant", "content": "zul"}]
-    ids, labels = _encode(tokenizer, {"messages": messages}) or ([], [])
-    learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
-    assert tokenizer.decode(learnt) == "zul</s>"
-
-
-def test_share_gpt_turns_are_understood(tokenizer: Any) -> None:
-    turns = [{"from": "human", "value": "code?"}, {"from": "gpt", "value": "zul"}]
-    ids, _ = _encode(tokenizer, {"conversations": turns}) or ([], [])
-    assert tokenizer.decode(ids) == "<|user|>code?</s><|assistant|>zul</s>"
-
-
-def test_a_chat_needs_a_chat_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(StepError, match="no chat template") as refused:
-        _encode(tokenizer, {"messages": [{"role": "user", "content": "x"}]})
-    assert refused.value.reason is Reason.TEMPLATE_INVALID
+def test_a_prompt_is_the_input_of_such_a_template(tokenizer: Any) -> None:
+    spec = _spec(template="Say: {{ input }}>{{ output }}")
+    encoder = Encoder(tokenizer, spec, Columns.detect(spec, ["input", "output"]))
+    assert encoder.prompt_text("zulu?") == "Say: zulu?>"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +109,7 @@ def test_a_chat_needs_a_chat_template(tokenizer: Any, monkeypatch: pytest.Monkey
         {"instruction": "x", "output": ""},
         {"prompt": "x", "completion": " "},
         {"messages": []},
+        {"messages": [{"role": "user", "content": "nobody answers"}]},
     ],
 )
 def test_a_row_with_nothing_to_learn_is_dropped(tokenizer: Any, record: dict[str, Any]) -> None:
@@ -167,5 +141,5 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_row(tokenizer: Any, record:
 )
 def test_a_prompt_is_put_as_the_rows_were(tokenizer: Any, record: dict[str, Any], expected: str) -> None:
     spec = _spec(template="Q {{ instruction }} A {{ output }}")
-    encoder = Encoder(tokenizer, spec, Columns.detect(spec, _data(record)))
+    encoder = Encoder(tokenizer, spec, Columns.detect(spec, list(record)))
     assert tokenizer.decode(encoder.prompt_ids("zulu?")) == expected

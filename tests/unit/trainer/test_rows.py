@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_trainer.rows import choose_files, load_rows, read_file
+from qlora_trainer.rows import is_data_file, read_file
 from qlorajob.errors import Reason, StepError
-from tests.unit.trainer.jobs import Job
 
 RECORDS = [{"text": "one"}, {"text": "zwei\n2"}, {"text": 'dr"ei, 三'}]
 
@@ -33,6 +35,69 @@ def _write(path: Path) -> Path:
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     path = _write(tmp_path / f"rows{suffix}")
     assert [row.values for row in read_file(path, path.name)] == RECORDS
+
+
+def _zstd(content: bytes) -> bytes:
+    packed: bytes = pyarrow.compress(content, codec="zstd", asbytes=True)
+    return packed
+
+
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": _zstd}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_text_files_may_be_compressed(tmp_path: Path, suffix: str, packed: str) -> None:
+    plain = _write(tmp_path / f"rows{suffix}")
+    path = tmp_path / f"rows{suffix}{packed}"
+    path.write_bytes(PACKERS[packed](plain.read_bytes()))
+    assert [row.values for row in read_file(path, path.name)] == RECORDS
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path: Path, packed: str) -> None:
+    path = tmp_path / f"rows.jsonl{packed}"
+    path.write_bytes(PACKERS[packed](_write(tmp_path / "rows.jsonl").read_bytes() * 1000)[:-9])
+    with pytest.raises(StepError, match=rf"rows.jsonl{packed} can't be unpacked: ") as refused:
+        list(read_file(path, path.name))
+    assert refused.value.reason is Reason.DATASET_INVALID
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.jsonl", True),
+        ("a.CSV.gz", True),
+        ("a.parquet", True),
+        ("a.parquet.gz", False),
+        ("a.gz", False),
+        ("a", False),
+    ],
+)
+def test_data_files_are_known_by_their_ending(name: str, expected: bool) -> None:
+    assert is_data_file(name) is expected
+
+
+def test_rows_are_read_one_at_a_time(tmp_path: Path) -> None:
+    """The first row comes although the second is broken."""
+    for name in ("rows.jsonl", "rows.json"):
+        path = tmp_path / name
+        path.write_text('{"text": "x"}\n{"text": ')
+        assert next(read_file(path, name)).values == {"text": "x"}
+
+
+def test_rows_of_a_json_list_are_named_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(RECORDS, indent=2))
+    assert [row.where for row in read_file(path, "rows.json")] == [f"rows.json line {n}" for n in (2, 5, 8)]
+
+
+def test_rows_of_csv_and_parquet_are_named_by_number(tmp_path: Path) -> None:
+    wheres = [[row.where for row in read_file(_write(tmp_path / name), name)] for name in ("r.csv", "r.parquet")]
+    assert wheres == [
+        ["r.csv row 1 (line 2)", "r.csv row 2 (line 4)", "r.csv row 3 (line 5)"],
+        ["r.parquet row 1", "r.parquet row 2", "r.parquet row 3"],
+    ]
 
 
 def test_a_json_file_may_hold_the_list_in_an_object(tmp_path: Path) -> None:
@@ -58,13 +123,21 @@ def test_a_key_without_an_ending_is_recognised_as_json(tmp_path: Path) -> None:
     [
         pytest.param("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl line 2: not valid JSON", id="broken line"),
         pytest.param("a.jsonl", b'["x"]\n', r"a.jsonl line 1: a row must be a JSON object, not list", id="list as row"),
-        pytest.param("a.json", b'[{"text": "x"}, 3]', r"a.json record 2: a row must be a JSON object", id="number"),
-        pytest.param("a.json", b'[{"text": "x"]', r"a.json: not valid JSON", id="broken file"),
+        pytest.param(
+            "a.json", b'[{"text": "x"}, 3]', r"a.json line 1: a row must be a JSON object, not int", id="number"
+        ),
+        pytest.param("a.json", b'[{"text": "x"]', r"a.json line 1: not valid JSON", id="broken list"),
+        pytest.param("a.json", b'[{"text": "x"},\n{"text": x}]', r"a.json line 2: not valid JSON", id="broken item"),
+        pytest.param("a.json", b'[{"text": "x"}]\n{}', r"a.json line 2: something follows the list", id="more"),
+        pytest.param(
+            "a.json", b'{"text": "x"}\n\n{"text"}', r"a.json line 3: not valid JSON", id="broken line of json"
+        ),
         pytest.param("a.json", b'{"a": [], "b": []}', r"must hold a list of objects", id="two lists"),
-        pytest.param("a.csv", b"a,b\n1,2\n3\n", r"a.csv line 3: not as many fields as the header has \(2\)", id="few"),
-        pytest.param("a.csv", b"a,b\n1,2,3\n", r"a.csv line 2: not as many fields", id="too many fields"),
-        pytest.param("a.csv", b'a,b\n1,"2', r"a.csv line 1: unexpected end of data", id="open quote"),
+        pytest.param("a.csv", b"a,b\n1,2\n3\n", r"a.csv row 2 \(line 3\): not as many fields as .* \(2\)", id="few"),
+        pytest.param("a.csv", b"a,b\n1,2,3\n", r"a.csv row 1 \(line 2\): not as many fields", id="too many fields"),
+        pytest.param("a.csv", b'a,b\n1,"2', r"a.csv row 1: unexpected end of data", id="open quote"),
         pytest.param("a.csv", b"a\n\xff\xfe\n", r"a.csv isn't UTF-8 text", id="not UTF-8"),
+        pytest.param("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a.jsonl line 2 isn't UTF-8 text", id="JSON not UTF-8"),
         pytest.param("a.parquet", b"PAR1nonsense", r"a.parquet isn't a Parquet file", id="not Parquet"),
         pytest.param("a.xls", b"\xd0\xcf", r"a.xls: end the name with", id="unknown ending"),
     ],
@@ -74,64 +147,3 @@ def test_a_broken_file_is_named_with_the_place(tmp_path: Path, name: str, conten
     with pytest.raises(StepError, match=words) as refused:
         list(read_file(tmp_path / name, name))
     assert refused.value.reason is Reason.DATASET_INVALID
-
-
-def _choose(root: Path, split: str) -> list[str]:
-    files = choose_files(root, split, uri="file://x", field="dataset.uri", split_field="dataset.split")
-    return [path.relative_to(root).as_posix() for path in files]
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    for name in ("train-00000.jsonl", "train-00001.jsonl", "validation.jsonl", "test/part.jsonl", "README.md"):
-        path = tmp_path / "shards" / name
-        path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_text('{"text": "x"}\n')
-    return tmp_path / "shards"
-
-
-def test_a_folder_gives_the_shards_of_the_split(shards: Path) -> None:
-    assert _choose(shards, "train") == ["train-00000.jsonl", "train-00001.jsonl"]
-
-
-def test_a_split_may_be_a_folder(shards: Path) -> None:
-    assert _choose(shards, "test") == ["test/part.jsonl"]
-
-
-def test_train_is_everything_when_no_file_names_a_split(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl"):
-        (tmp_path / name).write_text("{}\n")
-    assert _choose(tmp_path, "train") == ["a.jsonl", "b.jsonl"]
-
-
-def test_a_split_that_is_not_there_is_named_with_what_is(shards: Path) -> None:
-    with pytest.raises(
-        StepError, match=r"dataset.split: no file .* belongs to the split dev; there are test/"
-    ) as refused:
-        _choose(shards, "dev")
-    assert (refused.value.reason, refused.value.field) == (Reason.DATASET_NOT_FOUND, "dataset.split")
-
-
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StepError, match=r"there is no \.csv, .* file at"):
-        _choose(tmp_path, "train")
-
-
-def test_a_config_map_is_read_where_it_is_mounted(job: Job) -> None:
-    mounted = job.folder / "mounts" / "configmap" / "codes" / "rows.jsonl"
-    mounted.parent.mkdir(parents=True)
-    mounted.write_text('{"text": "x"}\n')
-    data = load_rows(
-        "configmap://codes/rows.jsonl", "train", job.settings(), field="dataset.uri", split_field="dataset.split"
-    )
-    assert [row.values for row in data.rows] == [{"text": "x"}]
-
-
-def test_the_digest_depends_on_the_content_alone(tmp_path: Path, job: Job) -> None:
-    digests = []
-    for name in ("one.jsonl", "two.jsonl", "other.jsonl"):
-        (tmp_path / name).write_text('{"text": "y"}\n' if name == "other.jsonl" else '{"text": "x"}\n')
-        digests.append(
-            load_rows(f"file://{tmp_path / name}", "train", job.settings(), field="f", split_field="s").digest
-        )
-    assert digests[0] == digests[1] != digests[2]

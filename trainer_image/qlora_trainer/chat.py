@@ -1,0 +1,185 @@
+"""Conversations: put into text by the tokenizer's chat template; and which characters of that the assistant says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from qlora_trainer.rows import Row
+from qlorajob.errors import Reason, StepError
+
+FIELD = "dataset.columns.messages"
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+
+def messages_of(row: Row, column: str) -> list[Message]:
+    """Messages with role and content, from those or from ShareGPT's from and value. Raises StepError."""
+    try:
+        messages = [_message(turn) for turn in row.values.get(column) or []]
+    except (AttributeError, KeyError, TypeError):
+        problem = f"dataset: {row.where}: column {column} must be a list of messages with role and content"
+        raise StepError(Reason.DATASET_INVALID, problem, field=FIELD) from None
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message["content"], str):
+            kind = type(message["content"]).__name__
+            problem = f"dataset: {row.where}: the content of message {number} in column {column} is {kind}, not text"
+            raise StepError(Reason.DATASET_INVALID, problem, field=FIELD)
+    return messages
+
+
+def _message(turn: Any) -> Message:
+    """What else a message holds, such as tool_calls, is for the chat template."""
+    rest = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
+    role = turn.get("role") or turn["from"]
+    content = turn.get("content")
+    return rest | {"role": ROLES[role], "content": turn.get("value") or "" if content is None else content}
+
+
+PROBE: list[Message] = [
+    {"role": role, "content": content}
+    for role, content in (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+]
+
+
+class ChatRenderer:
+    """Renders conversations with the tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Raises StepError for a tokenizer without a chat template."""
+        if not tokenizer.chat_template:
+            message = "dataset.format: the model's tokenizer has no chat template; give the data in another format"
+            raise StepError(Reason.TEMPLATE_INVALID, message, field="dataset.format")
+        self._tokenizer = tokenizer
+
+    def question(self, question: str) -> str:
+        """The text after which the assistant answers a question."""
+        messages = [{"role": "user", "content": question}]
+        return self._render(messages, where="a prompt of evaluation.prompts", add_generation_prompt=True)
+
+    def conversation(self, messages: list[Message], where: str) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the spans of it that the assistant says, up to the end of each turn."""
+        if self._marked_template is not None:
+            return self._marked(messages, where, self._marked_template)
+        text = self._render(messages, where)
+        return text, self._spans_by_prefix(messages, text, where)
+
+    @cached_property
+    def _marked_template(self) -> str | None:
+        """A chat template that marks what the assistant says with {% generation %}, where there is one.
+
+        The tokenizer's own; or, where that rewrites earlier turns, TRL's version of it: Qwen3's takes the reasoning out
+        of the history, for example.
+        """
+        own: str = self._tokenizer.get_chat_template()
+        if GENERATION.search(own):
+            return own
+        try:
+            self._spans_by_prefix(PROBE, self._render(PROBE, where="a probe"), where="a probe")
+        except StepError:
+            return _trl_version(self._tokenizer)
+        return None
+
+    def _marked(self, messages: list[Message], where: str, template: str) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                [messages],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # Jinja's errors, and whatever raise_exception() raises
+            raise _refused(where, error) from None
+        return texts[0], spans[0]
+
+    def _spans_by_prefix(self, messages: list[Message], text: str, where: str) -> list[Span]:
+        """A turn of the assistant is what the text has more than it would have if the turn were still to come."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start = self._start(messages[:number], text, where)
+            upto = self._render(messages[: number + 1], where)
+            if start is None or not text.startswith(upto):
+                problem = (
+                    "dataset.format: the model's chat template writes a turn differently when another one follows, so "
+                    f"the assistant's words can't be told apart ({where}); use a tokenizer whose template marks them "
+                    "with {% generation %}, or give the data as prompt and completion"
+                )
+                raise StepError(Reason.TEMPLATE_INVALID, problem, field="dataset.format")
+            end = len(upto.rstrip())  # a line break after the end of a turn belongs to the template
+            if end > start:
+                spans.append((start, end))
+        return spans
+
+    def _start(self, before: list[Message], text: str, where: str) -> int | None:
+        """Where the assistant's turn starts, after its heading; None if `text` doesn't go on from the turns before."""
+        if not before:
+            return 0
+        if not text.startswith(self._render(before, where)):
+            return None
+        asked = self._render(before, where, add_generation_prompt=True)
+        return common_length(asked, text)
+
+    def _render(self, messages: list[Message], where: str, **options: Any) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)  # type: ignore[no-any-return]
+        except Exception as error:  # Jinja's errors, and whatever raise_exception() raises
+            raise _refused(where, error) from None
+
+
+def _trl_version(tokenizer: Any) -> str | None:
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(tokenizer)  # type: ignore[no-any-return]
+    except Exception:  # it doesn't know the template; or tries it, and a template can fail in any way
+        return None
+
+
+def tokens_within(tokenizer: Any, text: str, ids: list[int], offsets: Any, spans: list[Span]) -> list[bool]:
+    """Which tokens of a text lie in the spans of characters, at least with a part.
+
+    `offsets` are those that a fast tokenizer gives. Without them, a border is where the tokens of the text up to it
+    part from those of the whole text.
+    """
+    learnt = np.zeros(len(ids), bool)
+    if offsets is not None:
+        starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+        for start, end in spans:
+            learnt |= (starts < end) & (ends > start)
+    else:
+        for span in spans:
+            first, last = (
+                common_length(tokenizer(text[:border], add_special_tokens=False)["input_ids"], ids) for border in span
+            )
+            learnt[first:last] = True
+    return learnt.tolist()
+
+
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items two sequences have in common from their start."""
+    return sum(1 for _ in takewhile(bool, (a == b for a, b in zip(one, other, strict=False))))
+
+
+def _refused(where: str, error: Exception) -> StepError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return StepError(Reason.DATASET_INVALID, f"dataset: {where}: the chat template refuses it: {lines[0]}", field=FIELD)
