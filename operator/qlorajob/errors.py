@@ -55,6 +55,8 @@ class Reason(StrEnum):
     # The world is in the way
     ENDPOINT_UNREACHABLE = "EndpointUnreachable"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
+    CLOCK_SKEWED = "ClockSkewed"
+    DISK_FULL = "DiskFull"
     OUT_OF_MEMORY = "OutOfMemory"
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     UNSCHEDULABLE = "Unschedulable"

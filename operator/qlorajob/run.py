@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field
@@ -14,6 +15,16 @@ from qlorajob.spec import QLoRAJobSpec
 from qlorajob.status import Artifacts, MemoryStatus, Prepared, Progress
 
 Step = Literal["prepare", "train", "merge"]
+
+WARNINGS, WARNING_LENGTH = 5, 200
+"""Bounds of a report's warnings, so that they leave room for the rest."""
+LEFT_OUT: tuple[Mapping[str, object], ...] = (
+    {},
+    {"warnings": ()},
+    {"progress": None, "memory": None},
+    {"prepared": None, "artifacts": None},
+)
+"""What a report that is too long goes without, step by step."""
 
 
 class RunConfig(ContractModel):
@@ -35,6 +46,8 @@ class RunConfig(ContractModel):
     """What prepare found out (train and merge)."""
     plan: Plan | None = None
     """The VRAM plan (train)."""
+    grace_seconds: Annotated[int | None, Field(ge=1)] = None
+    """The pod's terminationGracePeriodSeconds: time from SIGTERM to SIGKILL. Kubernetes' 30 where it isn't told."""
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -68,12 +81,14 @@ class RunReport(ContractModel):
     """What train or merge left in S3."""
     promoted: bool | None = None
     """Whether the adapter passed evaluation.gate; None without a gate."""
+    warnings: tuple[Annotated[str, Field(max_length=WARNING_LENGTH)], ...] = ()
+    """What went wrong and was got over, such as a checkpoint that was skipped. At most WARNINGS, the newest."""
 
     def to_json(self) -> str:
-        """At most REPORT_MAX_BYTES long: the message is cut, then what the pod also serves or stored is left out."""
+        """At most REPORT_MAX_BYTES long: the message is cut, then what can be told elsewhere is left out."""
         report = self
-        for left_out in ((), ("progress", "memory"), ("prepared", "artifacts")):
-            report = report.model_copy(update=dict.fromkeys(left_out))
+        for left_out in LEFT_OUT:
+            report = report.model_copy(update=left_out)
             message = self.message
             while True:
                 text = report.model_copy(update={"message": message}).model_dump_json(by_alias=True, exclude_none=True)

@@ -60,6 +60,17 @@ class RunStatus(ContractModel):
     """When the run ended."""
 
 
+class SavedCheckpoint(ContractModel):
+    """The newest checkpoint in S3: where training goes on after its pod is lost."""
+
+    step: Annotated[int, Field(ge=1)]
+    """Optimizer steps done."""
+    bytes: Annotated[int, Field(ge=0)]
+    """Size of all its files."""
+    seconds: Annotated[float, Field(ge=0)]
+    """How long its upload took, retries included: what a pod's grace period has to cover."""
+
+
 class Progress(ContractModel):
     """Where training is. Served by the trainer on /progress and copied into the status."""
 
@@ -81,6 +92,8 @@ class Progress(ContractModel):
     """Training tokens a second, without padding."""
     eta_seconds: int | None = None
     """Estimated time to the last step."""
+    checkpoint: SavedCheckpoint | None = None
+    """The newest checkpoint in S3."""
     updated_at: AwareDatetime | None = None
     """When the trainer said this."""
 

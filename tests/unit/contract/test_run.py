@@ -16,8 +16,8 @@ from qlorajob.identity import prepare_key
 from qlorajob.names import REPORT_MAX_BYTES
 from qlorajob.plan import ModelFacts, Plan, Requests
 from qlorajob.resource import parse
-from qlorajob.run import RunConfig, RunReport
-from qlorajob.status import Artifact, Artifacts, DataSummary, MemoryStatus, Prepared, Progress
+from qlorajob.run import WARNING_LENGTH, WARNINGS, RunConfig, RunReport
+from qlorajob.status import Artifact, Artifacts, DataSummary, MemoryStatus, Prepared, Progress, SavedCheckpoint
 from tests.unit.contract.manifests import manifest
 
 LONGEST_ENVIRONMENT_STRING = 128 * 1024
@@ -43,7 +43,8 @@ DATA = DataSummary(
 LOSS = 1.2345678901234567e-100
 PROGRESS = Progress(
     step=HUGE, total_steps=HUGE, epoch=LOSS, loss=LOSS, first_loss=LOSS, eval_loss=LOSS, base_eval_loss=LOSS,
-    tokens_per_second=LOSS, eta_seconds=HUGE, updated_at=NOW,
+    tokens_per_second=LOSS, eta_seconds=HUGE, checkpoint=SavedCheckpoint(step=HUGE, bytes=HUGE, seconds=LOSS),
+    updated_at=NOW,
 )  # fmt: skip
 MEMORY = MemoryStatus(peak_bytes=HUGE, predicted_bytes=HUGE)
 PLAN = Plan(
@@ -92,6 +93,22 @@ def test_a_short_message_is_told_in_full() -> None:
     told = report("train", message="the dataset is empty")
 
     assert RunReport.model_validate_json(told.to_json()) == told
+
+
+def test_warnings_are_told_beside_the_rest() -> None:
+    warnings = ("w" * WARNING_LENGTH,) * WARNINGS
+    told = report("train", artifacts=Artifacts(adapter=ARTIFACT), progress=PROGRESS, memory=MEMORY, warnings=warnings)
+
+    assert RunReport.model_validate_json(told.to_json()) == told
+
+
+def test_warnings_are_the_first_to_go() -> None:
+    warnings = ("\x00" * WARNING_LENGTH,) * WARNINGS  # six bytes each, in JSON
+    told = report("train", message="m" * 10_000, progress=PROGRESS, warnings=warnings)
+
+    received = RunReport.model_validate_json(told.to_json())
+
+    assert (received.warnings, received.progress) == ((), PROGRESS)
 
 
 def test_even_an_impossibly_long_report_fits() -> None:
