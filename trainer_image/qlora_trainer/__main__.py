@@ -20,7 +20,7 @@ from qlora_trainer.settings import Settings, arrange_environment
 from qlora_trainer.signals import Stopped, StopSignal
 from qlorajob import names
 from qlorajob.errors import ExitCode, Reason, StepError
-from qlorajob.run import RunReport, Step
+from qlorajob.run import WARNING_LENGTH, WARNINGS, RunReport, Step
 
 logger = logging.getLogger("qlora_trainer")
 
@@ -50,6 +50,7 @@ def run_step(step: Step) -> RunReport:
         stop.install()
         settings = Settings.from_env(os.environ)
         config = settings.config
+        stop.grace_seconds = config.grace_seconds or stop.grace_seconds
         run = config.prepared.run_id if config.prepared else None
         logs.configure(step=step, job=f"{config.namespace}/{config.name}".lstrip("/"), run=run)
         arrange_environment(os.environ, settings)
@@ -105,6 +106,7 @@ def _report(step: Step, outcome: Outcome, code: ExitCode, reason: Reason, messag
         memory=outcome.memory,
         artifacts=outcome.artifacts,
         promoted=outcome.promoted,
+        warnings=tuple(logs.redact(text)[:WARNING_LENGTH] for text in outcome.warnings[-WARNINGS:]),
     )
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from qlora_trainer.patience import PatientStorage
 from qlora_trainer.settings import Settings
+from qlora_trainer.signals import StopSignal
 from qlora_trainer.storage import Storage, open_storage
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.manifest import LATEST, MANIFEST, ArtifactManifest, Latest, ManifestFile, files_digest
@@ -19,6 +21,14 @@ from qlorajob.status import Artifact
 logger = logging.getLogger(__name__)
 
 PROBE = ".qlora-write-test"
+
+
+class Damaged(StepError):  # noqa: N818 - it says what happened
+    """A stored file is there, but isn't the one that was uploaded."""
+
+    def __init__(self, uri: str) -> None:
+        message = f"{uri} isn't the file that was uploaded (its SHA-256 differs)"
+        super().__init__(Reason.STORAGE_UNAVAILABLE, message, code=ExitCode.TRANSIENT)
 
 
 class RunStore:
@@ -30,9 +40,9 @@ class RunStore:
         self._output = output
 
     @classmethod
-    def open(cls, settings: Settings, run_id: str) -> RunStore:
-        """The store of a run."""
-        return cls(open_output(settings), run_id)
+    def open(cls, settings: Settings, run_id: str, stop: StopSignal) -> RunStore:
+        """The store of a run, which waits until storage works."""
+        return cls(PatientStorage(open_output(settings), stop), run_id)
 
     def manifest(self) -> ArtifactManifest | None:
         """The manifest, if there is one and every file it lists is there in its size. Anything less isn't done."""
@@ -76,7 +86,8 @@ class RunStore:
         return ManifestFile(path=key, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def download_tree(self, files: Iterable[ManifestFile], prefix: str, folder: Path) -> None:
-        """Copy the files below `prefix` to a folder. Raises StepError when one isn't what the manifest says."""
+        """Copy the files below `prefix` to a folder. Raises Damaged when one isn't what the manifest says, and
+        FileNotFoundError."""
         for file in files:
             if not file.path.startswith(f"{prefix}/"):
                 continue
@@ -84,8 +95,7 @@ class RunStore:
             self.storage.download(file.path, path)
             with path.open("rb") as content:
                 if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
-                    message = f"{self.storage.uri}/{file.path} isn't the file that was uploaded (its SHA-256 differs)"
-                    raise StepError(Reason.STORAGE_UNAVAILABLE, message, code=ExitCode.TRANSIENT)
+                    raise Damaged(f"{self.storage.uri}/{file.path}")
 
     def artifact(self, files: Iterable[ManifestFile], path: str) -> Artifact:
         """The artifact at a path, for status and manifest."""
@@ -96,7 +106,7 @@ class RunStore:
 
     def publish(self, manifest: ArtifactManifest) -> None:
         """Write the manifest, the last thing of a run."""
-        self.storage.write(MANIFEST, manifest.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode())
+        self.storage.write(MANIFEST, encode(manifest))
 
     def point_latest(self, manifest: ArtifactManifest) -> None:
         """Let latest.json point at this run, unless it points at a newer one or this one isn't good enough."""
@@ -110,6 +120,11 @@ class RunStore:
         if current is None or current.created_at < manifest.created_at:
             latest = Latest(run_id=self.run_id, uri=self.storage.uri, created_at=manifest.created_at)
             self._output.write(LATEST, latest.model_dump_json(by_alias=True).encode())
+
+
+def encode(manifest: ArtifactManifest) -> bytes:
+    """The manifest as its file."""
+    return manifest.model_dump_json(by_alias=True, exclude_none=True, indent=1).encode()
 
 
 def open_output(settings: Settings) -> Storage:

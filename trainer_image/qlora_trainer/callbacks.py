@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
-from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.hardware import Hardware, peak_memory
 from qlora_trainer.journal import Journal
 from qlora_trainer.metrics import Telemetry
+from qlora_trainer.paging import restore_pages
 from qlora_trainer.signals import StopSignal
+from qlora_trainer.uploads import CheckpointUploads
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +99,17 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Puts each checkpoint that transformers saves into storage, and saves one when a stop is asked for."""
 
-    def __init__(self, checkpoints: CheckpointStore, journal: Journal, stop: StopSignal) -> None:
-        self._checkpoints, self._journal, self._stop = checkpoints, journal, stop
+    def __init__(self, uploads: CheckpointUploads, journal: Journal, stop: StopSignal) -> None:
+        self._uploads, self._journal, self._stop = uploads, journal, stop
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Finish what transformers has just loaded from a checkpoint."""
+        if moved := restore_pages(optimizer):
+            logger.info("optimizer states are paged again", extra={"bytes": moved})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Stop after this step, with a checkpoint, if asked to."""
+        self._uploads.check()
         if self._stop.requested and state.global_step < state.max_steps:
             logger.warning("asked to stop: saving a checkpoint at step %d", state.global_step)
             control.should_save = control.should_log = control.should_training_stop = True
@@ -113,7 +120,9 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         """Upload what was saved, with what a resumed process needs to know beside it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._journal.save(folder)
-        self._checkpoints.save(folder, state.global_step)
+        # Else transformers, which keeps one checkpoint, deletes it under the upload when it saves the next.
+        leaving = folder.rename(folder.with_name(f"uploading-{state.global_step}"))
+        self._uploads.submit(leaving, state.global_step)
 
 
 def _loggable(logs: dict[str, Any]) -> dict[str, Any]:

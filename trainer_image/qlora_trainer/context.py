@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from qlora_trainer.settings import Settings
@@ -9,6 +10,8 @@ from qlora_trainer.signals import StopSignal
 from qlorajob.errors import Reason
 from qlorajob.spec import QLoRAJobSpec
 from qlorajob.status import Artifacts, MemoryStatus, Prepared, Progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -22,6 +25,12 @@ class Outcome:
     memory: MemoryStatus | None = None
     artifacts: Artifacts | None = None
     promoted: bool | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, message: str) -> None:
+        """Log something that went wrong and was got over, and tell it in the report."""
+        logger.warning(message)
+        self.warnings.append(message)
 
 
 @dataclass(frozen=True, slots=True)

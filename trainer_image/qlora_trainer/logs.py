@@ -13,13 +13,18 @@ from typing import Any
 SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
 """Environment variables whose values must not appear in a log or a report, whatever a library puts into a message."""
 
+_hidden: set[str] = set()
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
+def hide(secret: str) -> None:
+    """Blank this value out too: a secret that came in another way than by the environment."""
+    _hidden.add(secret)
+
+
 def redact(text: str, env: Mapping[str, str] = os.environ) -> str:
-    """The text with the values of the secret variables blanked out."""
-    for name in SECRET_VARIABLES:
-        value = env.get(name, "")
+    """The text with the values of the secret variables, and those that were hidden, blanked out."""
+    for value in {env.get(name, "") for name in SECRET_VARIABLES} | _hidden:
         if len(value) >= 4:
             text = text.replace(value, "***")
     return text

@@ -34,7 +34,7 @@ def run(context: Context) -> None:
     """Merge, or find that it is done or not wanted."""
     settings, spec, outcome = context.settings, context.spec, context.outcome
     prepared = settings.prepared
-    store = RunStore.open(settings, prepared.run_id)
+    store = RunStore.open(settings, prepared.run_id, context.stop)
     manifest = store.manifest()
     if manifest is None:
         message = f"there is no finished adapter at {store.storage.uri}: train comes before merge"

@@ -26,10 +26,12 @@ class Telemetry:
         self.progress = Progress()
         self.registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
+        self._changing = threading.Lock()
 
     def advance(self, **changes: Any) -> None:
-        """Change fields of the progress and what the gauges say of them."""
-        self.progress = self.progress.model_copy(update={**changes, "updated_at": datetime.now(UTC)})
+        """Change fields of the progress and what the gauges say of them. From any thread."""
+        with self._changing:
+            self.progress = self.progress.model_copy(update={**changes, "updated_at": datetime.now(UTC)})
         progress = self.progress
         self._set("qlora_train_step", "Optimizer steps done.", progress.step)
         self._set("qlora_train_steps", "Optimizer steps to do.", progress.total_steps)

@@ -25,8 +25,10 @@ from qlora_trainer.hardware import Hardware, peak_memory
 from qlora_trainer.journal import Journal
 from qlora_trainer.metrics import Telemetry
 from qlora_trainer.model_source import open_model
+from qlora_trainer.publication import Publication
 from qlora_trainer.report import build_report, provenance
 from qlora_trainer.tokenizer import load_tokenizer
+from qlora_trainer.uploads import CheckpointUploads
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.manifest import ADAPTER, REPORT, ArtifactManifest
 from qlorajob.plan import Plan
@@ -55,12 +57,14 @@ def train_adapter(
     logs.tame_libraries()
     ready = load(context, plan, clock)
 
-    checkpoints = CheckpointStore(store, keep=spec.training.save_total_limit)
+    checkpoints = CheckpointStore(store, keep=spec.training.save_total_limit, warn=outcome.warn)
+    checkpoints.sweep()
     scratch = context.settings.folder("checkpoints")
     resume_from = checkpoints.restore_newest(scratch)
     known = Journal.load(resume_from) if resume_from else None
     journal = known or Journal()
-    trainer = make_trainer(context, plan, ready, journal, telemetry, checkpoints, scratch)
+    uploads = CheckpointUploads(checkpoints, context.stop, lambda saved: telemetry.advance(checkpoint=saved))
+    trainer = make_trainer(context, plan, ready, journal, telemetry, uploads, scratch)
     description = models.describe(trainer.model, spec.quantization)
     clock.lap("setup")
 
@@ -72,7 +76,7 @@ def train_adapter(
     show_known(telemetry, journal)
     clock.lap("base")
 
-    with context.stop.deferred():
+    with context.stop.deferred(), uploads:
         training.train(trainer, spec.training.seed, resume_from)
     journal.peak_bytes = max(journal.peak_bytes, peak_memory(ready.hardware))
     memory = MemoryStatus(peak_bytes=journal.peak_bytes, predicted_bytes=plan.predicted_peak_bytes)
@@ -89,7 +93,8 @@ def train_adapter(
 
     adapter = context.settings.folder(ADAPTER)
     save_adapter(trainer.model, ready.tokenizer, adapter, spec, context.settings.prepared.model_revision)
-    files = store.upload_tree(adapter, ADAPTER)
+    results = Publication(store, context.settings.folder("published"))
+    files = results.tree(adapter, ADAPTER)
     clock.lap("upload")
 
     report = build_report(
@@ -105,7 +110,7 @@ def train_adapter(
         promoted=promoted,
         seconds=clock.laps,
     )
-    files += (store.write_file(REPORT, json.dumps(report, ensure_ascii=False, indent=1).encode()),)
+    files += (results.content(REPORT, json.dumps(report, ensure_ascii=False, indent=1).encode()),)
     manifest = ArtifactManifest(
         run_id=store.run_id,
         created_at=datetime.now(UTC),
@@ -116,9 +121,7 @@ def train_adapter(
         memory=memory,
         promoted=promoted,
     )
-    store.publish(manifest)
-    store.point_latest(manifest)
-    checkpoints.delete_all()
+    results.publish(manifest)
     return manifest
 
 
@@ -152,7 +155,7 @@ def make_trainer(
     ready: Ingredients,
     journal: Journal,
     telemetry: Telemetry,
-    checkpoints: CheckpointStore,
+    uploads: CheckpointUploads,
     scratch: Path,
 ) -> training.Trainer:
     """The trainer, with progress and checkpoints beside it."""
@@ -176,7 +179,7 @@ def make_trainer(
         data=ready.data,
         total_steps=context.settings.prepared.total_steps,
         folder=scratch,
-        callbacks=[progress, CheckpointCallback(checkpoints, journal, context.stop)],
+        callbacks=[progress, CheckpointCallback(uploads, journal, context.stop)],
     )
     return trainer
 

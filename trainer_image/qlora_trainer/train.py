@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 
 from qlora_trainer.artifacts import RunStore
+from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
 from qlora_trainer.metrics import Telemetry
+from qlora_trainer.publication import PublishedElsewhere
 from qlorajob.errors import Reason, StepError
 from qlorajob.manifest import ArtifactManifest
 from qlorajob.status import Progress
@@ -17,16 +19,25 @@ logger = logging.getLogger(__name__)
 
 def run(context: Context) -> None:
     """Train an adapter, unless its manifest is in storage already."""
-    settings, outcome = context.settings, context.outcome
-    run_id = settings.prepared.run_id
-    store = RunStore.open(settings, run_id)
+    run_id = context.settings.prepared.run_id
+    store = RunStore.open(context.settings, run_id, context.stop)
     manifest = store.manifest()
-    if manifest is not None:
-        store.point_latest(manifest)  # in case that the first time ended just before it
-        _tell(context, manifest)
-        outcome.reason, outcome.message = Reason.ALREADY_TRAINED, f"run {run_id} is already trained"
-        return
-    plan = settings.config.plan
+    already = manifest is not None
+    if manifest is None:
+        try:
+            manifest = _train(context, store)
+        except PublishedElsewhere as elsewhere:
+            manifest, already = elsewhere.manifest, True
+    # Also when it was there already: the first time may have ended just before this.
+    store.point_latest(manifest)
+    CheckpointStore(store, keep=0, warn=context.outcome.warn).delete_all()
+    _tell(context, manifest)
+    if already:
+        context.outcome.reason, context.outcome.message = Reason.ALREADY_TRAINED, f"run {run_id} is already trained"
+
+
+def _train(context: Context, store: RunStore) -> ArtifactManifest:
+    settings, plan = context.settings, context.settings.config.plan
     if plan is None:
         raise StepError(Reason.INVALID_SPEC, "the run config holds no plan: train can't start without one")
     telemetry = Telemetry()
@@ -38,10 +49,9 @@ def run(context: Context) -> None:
 
     clock.lap("imports")
     try:
-        manifest = train_adapter(context, plan, store, telemetry, clock)
+        return train_adapter(context, plan, store, telemetry, clock)
     finally:
-        outcome.progress = telemetry.progress
-    _tell(context, manifest)
+        context.outcome.progress = telemetry.progress
 
 
 def _tell(context: Context, manifest: ArtifactManifest) -> None:

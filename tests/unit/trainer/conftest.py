@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.faulty_s3 import FaultyS3, in_front_of
 from tests.unit.trainer.gateway import ACCESS_KEY, SECRET_KEY, Gateway, running
 from tests.unit.trainer.jobs import Job
 
@@ -129,3 +130,10 @@ def gateway(_gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Gateway:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     return _gateway
+
+
+@pytest.fixture
+def faulty(gateway: Gateway) -> Iterator[FaultyS3]:
+    """A proxy in front of it that can be told to misbehave."""
+    with in_front_of(gateway.endpoint) as proxy:
+        yield proxy

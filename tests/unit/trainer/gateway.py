@@ -21,13 +21,13 @@ class Gateway:
 
     def __init__(self, endpoint: str, disk: Path) -> None:
         self.endpoint = endpoint
-        self._disk = disk
+        self.disk = disk
         self._numbers = itertools.count()
 
     def bucket(self) -> str:
         """A new, empty bucket."""
         name = f"bucket-{next(self._numbers)}"
-        (self._disk / name).mkdir()  # a folder is a bucket to the POSIX backend
+        (self.disk / name).mkdir()  # a folder is a bucket to the POSIX backend
         return f"s3://{name}"
 
     def output(self, uri: str) -> OutputSpec:
@@ -36,17 +36,17 @@ class Gateway:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Gateway]:
-    """Start the server, built once per machine, and stop it afterwards."""
+def running(folder: Path, *options: str) -> Iterator[Gateway]:
+    """Start the server, built once per machine, and stop it afterwards. Its disk may be that of another one."""
     if not VERSITYGW.cached.exists():
         build(VERSITYGW)
     disk = folder / "disk"
-    disk.mkdir()
+    disk.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [VERSITYGW.cached, "--port", f"127.0.0.1:{port}", "--access", ACCESS_KEY, "--secret", SECRET_KEY]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([*command, "--quiet", "posix", disk], stdout=log, stderr=log)
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen([*command, *options, "--quiet", "posix", disk], stdout=log, stderr=log)
     try:
         _wait(port, process, folder / "log")
         yield Gateway(f"http://127.0.0.1:{port}", disk)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from copy import deepcopy
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,33 @@ from qlora_trainer.settings import Settings
 from qlora_trainer.signals import StopSignal
 from qlorajob import names
 from qlorajob.identity import prepare_key
+from qlorajob.manifest import ArtifactManifest, ManifestFile, Provenance
 from qlorajob.plan import Plan, Requests
 from qlorajob.run import RunConfig
 from qlorajob.spec import QLoRAJobSpec
-from qlorajob.status import Prepared
+from qlorajob.status import Artifacts, Prepared
 
 TEMPLATE = "{{ instruction }} {{ input }}= {{ output }}"
 """Short, so that rows of the tiny tokenizer aren't cut."""
+
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def a_manifest(
+    run_id: str = "run1", *, files: tuple[ManifestFile, ...] = (), age: int = 0, promoted: bool | None = None
+) -> ArtifactManifest:
+    """A manifest of a run that ended so many hours ago."""
+    return ArtifactManifest(
+        run_id=run_id,
+        created_at=NOW - timedelta(hours=age),
+        files=files,
+        provenance=Provenance(
+            model_uri="", model_revision="", dataset_uri="", dataset_digest="", image="", versions={}, seed=1, spec={}
+        ),
+        artifacts=Artifacts(),
+        promoted=promoted,
+    )
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

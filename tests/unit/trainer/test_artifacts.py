@@ -1,20 +1,16 @@
-"""The run's prefix: trees, manifests, latest.json, checkpoints."""
+"""The run's prefix: trees, manifests, latest.json."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from qlora_trainer.artifacts import PROBE, RunStore, check_output
-from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.storage import LocalStorage
 from qlorajob.errors import ExitCode, StepError
-from qlorajob.manifest import ArtifactManifest, Latest, ManifestFile, Provenance
-from qlorajob.status import Artifacts
-
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
+from qlorajob.manifest import Latest
+from tests.unit.trainer.jobs import a_manifest
 
 
 @pytest.fixture
@@ -33,21 +29,6 @@ def _tree(folder: Path, **files: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     return folder
-
-
-def _manifest(
-    files: tuple[ManifestFile, ...] = (), *, run_id: str = "run1", age: int = 0, promoted: bool | None = None
-) -> ArtifactManifest:
-    return ArtifactManifest(
-        run_id=run_id,
-        created_at=NOW - timedelta(hours=age),
-        files=files,
-        provenance=Provenance(
-            model_uri="", model_revision="", dataset_uri="", dataset_digest="", image="", versions={}, seed=1, spec={}
-        ),
-        artifacts=Artifacts(),
-        promoted=promoted,
-    )
 
 
 def test_the_output_check_leaves_nothing_behind(output: LocalStorage) -> None:
@@ -72,19 +53,19 @@ def test_a_run_without_a_manifest_is_not_done(store: RunStore) -> None:
 
 
 def test_a_run_with_its_manifest_and_files_is_done(store: RunStore, tmp_path: Path) -> None:
-    manifest = _manifest(store.upload_tree(_tree(tmp_path / "a", weights="abc"), "adapter"))
+    manifest = a_manifest(files=store.upload_tree(_tree(tmp_path / "a", weights="abc"), "adapter"))
     store.publish(manifest)
     assert store.manifest() == manifest
 
 
 def test_a_run_whose_file_is_gone_is_not_done(store: RunStore, tmp_path: Path) -> None:
-    store.publish(_manifest(store.upload_tree(_tree(tmp_path / "a", weights="abc"), "adapter")))
+    store.publish(a_manifest(files=store.upload_tree(_tree(tmp_path / "a", weights="abc"), "adapter")))
     store.storage.delete(["adapter/weights"])
     assert store.manifest() is None
 
 
 def test_a_run_whose_file_is_cut_is_not_done(store: RunStore, tmp_path: Path) -> None:
-    store.publish(_manifest(store.upload_tree(_tree(tmp_path / "a", weights="abc"), "adapter")))
+    store.publish(a_manifest(files=store.upload_tree(_tree(tmp_path / "a", weights="abc"), "adapter")))
     store.storage.write("adapter/weights", b"ab")
     assert store.manifest() is None
 
@@ -108,65 +89,17 @@ def _latest(output: LocalStorage) -> str | None:
 
 
 def test_latest_points_to_the_newer_run(output: LocalStorage) -> None:
-    RunStore(output, "old").point_latest(_manifest(run_id="old", age=2))
-    RunStore(output, "new").point_latest(_manifest(run_id="new", age=1))
+    RunStore(output, "old").point_latest(a_manifest("old", age=2))
+    RunStore(output, "new").point_latest(a_manifest("new", age=1))
     assert _latest(output) == "new"
 
 
 def test_latest_does_not_go_back_to_an_older_run(output: LocalStorage) -> None:
-    RunStore(output, "new").point_latest(_manifest(run_id="new", age=1))
-    RunStore(output, "old").point_latest(_manifest(run_id="old", age=2))
+    RunStore(output, "new").point_latest(a_manifest("new", age=1))
+    RunStore(output, "old").point_latest(a_manifest("old", age=2))
     assert _latest(output) == "new"
 
 
 def test_a_run_that_failed_its_gate_is_never_latest(output: LocalStorage) -> None:
-    RunStore(output, "bad").point_latest(_manifest(run_id="bad", promoted=False))
+    RunStore(output, "bad").point_latest(a_manifest("bad", promoted=False))
     assert _latest(output) is None
-
-
-@pytest.fixture
-def checkpoints(store: RunStore, tmp_path: Path) -> CheckpointStore:
-    """Three checkpoints, of which two are kept."""
-    checkpoints = CheckpointStore(store, keep=2)
-    for step in (2, 4, 10):
-        checkpoints.save(_tree(tmp_path / f"checkpoint-{step}", state=f"step {step}"), step)
-    return checkpoints
-
-
-def test_only_the_newest_checkpoints_are_kept(checkpoints: CheckpointStore, store: RunStore) -> None:
-    assert checkpoints.steps() == [10, 4]
-    assert {item.key.split("/")[1] for item in store.storage.list("checkpoints/")} == {"step-4", "step-10"}
-
-
-def test_the_newest_checkpoint_is_restored(checkpoints: CheckpointStore, tmp_path: Path) -> None:
-    folder = checkpoints.restore_newest(tmp_path / "restored")
-    assert folder is not None
-    assert (folder.name, (folder / "state").read_text()) == ("checkpoint-10", "step 10")
-
-
-@pytest.mark.parametrize(
-    ("key", "content"),
-    [
-        pytest.param("checkpoints/step-10/manifest.json", None, id="no manifest"),
-        pytest.param("checkpoints/step-10/manifest.json", b"{}", id="broken manifest"),
-        pytest.param("checkpoints/step-10/state", None, id="file missing"),
-        pytest.param("checkpoints/step-10/state", b"stap 10", id="file changed"),
-    ],
-)
-def test_a_checkpoint_that_is_not_whole_is_skipped(
-    checkpoints: CheckpointStore, store: RunStore, tmp_path: Path, key: str, content: bytes | None
-) -> None:
-    store.storage.delete([key]) if content is None else store.storage.write(key, content)
-    folder = checkpoints.restore_newest(tmp_path / "restored")
-    assert folder is not None
-    assert folder.name == "checkpoint-4"
-
-
-def test_without_a_checkpoint_there_is_nothing_to_restore(store: RunStore, tmp_path: Path) -> None:
-    assert CheckpointStore(store, keep=2).restore_newest(tmp_path / "restored") is None
-
-
-def test_deleting_all_checkpoints_leaves_the_rest(checkpoints: CheckpointStore, store: RunStore) -> None:
-    store.storage.write("report.json", b"{}")
-    checkpoints.delete_all()
-    assert [item.key for item in store.storage.list()] == ["report.json"]

@@ -1,0 +1,103 @@
+"""Waiting until storage works again, for as long as that costs less than a new start of the pod."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from qlora_trainer.signals import StopSignal
+from qlora_trainer.storage import Storage, StoredObject
+from qlorajob.errors import ExitCode, StepError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PATIENCE = 300.0
+"""Seconds that a failing request is repeated. A new pod loads the model again, which takes minutes, too."""
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+LOOK = 0.5
+"""Seconds between two looks at whether a stop was asked for."""
+
+_jitter = random.Random()  # noqa: S311 - not the generator that training draws from
+
+
+class PatientStorage:
+    """A Storage that repeats what failed for a transient reason, with growing and random pauses.
+
+    When a stop is asked for, patience ends with the grace period.
+    """
+
+    def __init__(self, storage: Storage, stop: StopSignal, *, seconds: float | None = None) -> None:
+        self.uri = storage.uri
+        self._storage, self._stop = storage, stop
+        self._seconds = PATIENCE if seconds is None else seconds
+
+    def list(self, prefix: str = "") -> Iterator[StoredObject]:
+        """See Storage."""
+        return iter(self._repeat(lambda: [*self._storage.list(prefix)]))
+
+    def read(self, key: str) -> bytes | None:
+        """See Storage."""
+        return self._repeat(lambda: self._storage.read(key))
+
+    def write(self, key: str, content: bytes, *, over: str | None = None) -> str:
+        """See Storage."""
+        return self._repeat(lambda: self._storage.write(key, content, over=over))
+
+    def download(self, key: str, path: Path) -> None:
+        """See Storage."""
+        self._repeat(lambda: self._storage.download(key, path))
+
+    def upload(self, path: Path, key: str, *, over: str | None = None) -> str:
+        """See Storage."""
+        return self._repeat(lambda: self._storage.upload(path, key, over=over))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See Storage."""
+        pending = [*keys]
+        self._repeat(lambda: self._storage.delete(pending))
+
+    def abort_uploads(self) -> int:
+        """See Storage."""
+        return self._repeat(self._storage.abort_uploads)
+
+    def within(self, prefix: str) -> PatientStorage:
+        """See Storage."""
+        return PatientStorage(self._storage.within(prefix), self._stop, seconds=self._seconds)
+
+    def _repeat(self, action: Callable[[], T]) -> T:
+        end: float | None = None
+        longest = FIRST_PAUSE
+        while True:
+            try:
+                return action()
+            except StepError as error:
+                if error.code is not ExitCode.TRANSIENT:
+                    raise
+                end = end or time.monotonic() + self._seconds
+                pause = longest * _jitter.uniform(0.5, 1)
+                if pause > self._seconds_left(end):
+                    raise
+                logger.warning("%s; trying again in %.1f s", error.message, pause, extra={"reason": error.reason})
+            if not self._sleep(pause, end):
+                return action()  # a last try
+            longest = min(2 * longest, LONGEST_PAUSE)
+
+    def _seconds_left(self, end: float) -> float:
+        left = end - time.monotonic()
+        grace = self._stop.seconds_left
+        return left if grace is None else min(left, grace)
+
+    def _sleep(self, seconds: float, end: float) -> bool:
+        """Whether the whole time passed; not when a stop that was asked for meanwhile leaves less."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if left > self._seconds_left(end):
+                return False
+            time.sleep(min(LOOK, left))
+        return True

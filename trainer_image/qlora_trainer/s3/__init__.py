@@ -1,0 +1,1 @@
+"""S3: the only package that touches boto3. The rest of the trainer knows `storage.Storage`."""
