@@ -15,7 +15,17 @@ from qlora_trainer.data import Corpus
 from qlora_trainer.formats import IGNORED
 
 TOKEN_COUNT = "num_tokens"  # noqa: S105 - tokens of text
-"""Key of a batch that counts its tokens without padding. The trainer takes it out before the model sees the batch."""
+"""Key of a batch that counts its tokens without padding: a number and no tensor, so that no GPU is asked for it."""
+DOCUMENT_ENDS = "document_ends"
+"""Key of a packed batch: where each document begins in the rows laid end to end, and their whole length; int32."""
+LONGEST_DOCUMENT = "longest_document"
+"""Key of a packed batch: tokens of its longest document."""
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a transformers model takes of a batch."""
+    beside = {TOKEN_COUNT, DOCUMENT_ENDS, LONGEST_DOCUMENT}
+    return {key: value for key, value in batch.items() if key not in beside}
 
 
 def as_dataset(corpus: Corpus) -> Any:
@@ -44,20 +54,24 @@ def _lists(offsets: Any, values: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Pads sequences to the longest of the batch.
+    """Pads sequences to the longest of the batch, or further: few different shapes are what GPUs like.
 
     Packed: position ids start again at each document and there is no attention mask, which is what makes transformers
-    build a block-diagonal one. Padding gets position 0, so each padding token is a document of its own.
+    build a block-diagonal one. Padding gets position 0, so each padding token is a document of its own there. Where
+    the documents' ends are used instead, the padding of a row is one document.
     Not packed: an attention mask, which every model understands.
     """
 
     pad_token_id: int
     packed: bool
+    multiple: int = 1
+    """Every length is a multiple of this."""
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One batch."""
-        length = max(len(example["input_ids"]) for example in examples)
-        batch = {
+        longest = max(len(example["input_ids"]) for example in examples)
+        length = -(-longest // self.multiple) * self.multiple
+        batch: dict[str, Any] = {
             "input_ids": _padded([example["input_ids"] for example in examples], length, self.pad_token_id),
             "labels": _padded([example["labels"] for example in examples], length, IGNORED),
         }
@@ -66,9 +80,14 @@ class Collator:
                 [position for size in example["seq_lengths"] for position in range(size)] for example in examples
             ]
             batch["position_ids"] = _padded(positions, length, 0)
+            sizes = [
+                size for example in examples for size in (*example["seq_lengths"], length - len(example["input_ids"]))
+            ]
+            batch[DOCUMENT_ENDS] = torch.tensor([0, *(size for size in sizes if size)]).cumsum(0, dtype=torch.int32)
+            batch[LONGEST_DOCUMENT] = max(sizes)
         else:
             batch["attention_mask"] = _padded([[1] * len(example["input_ids"]) for example in examples], length, 0)
-        batch[TOKEN_COUNT] = torch.tensor([len(example["input_ids"]) for example in examples])
+        batch[TOKEN_COUNT] = sum(len(example["input_ids"]) for example in examples)
         return batch
 
 

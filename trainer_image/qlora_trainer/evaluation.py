@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import GenerationConfig
 
-from qlora_trainer.batches import TOKEN_COUNT
+from qlora_trainer.batches import model_inputs
 from qlora_trainer.formats import IGNORED
 
 
@@ -35,7 +35,7 @@ def mean_loss(model: Any, batches: Any) -> float:
     total, tokens = 0.0, 0
     with measuring(model):
         for batch in batches:
-            inputs = {key: value.to(model.device) for key, value in batch.items() if key != TOKEN_COUNT}
+            inputs = {key: value.to(model.device) for key, value in model_inputs(batch).items()}
             loss, count = _summed_loss(model, inputs)
             total, tokens = total + loss, tokens + count
     return total / max(1, tokens)

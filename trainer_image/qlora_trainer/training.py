@@ -12,34 +12,81 @@ import transformers
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from qlora_trainer.batches import TOKEN_COUNT, Collator, as_dataset
+from qlora_trainer.batches import TOKEN_COUNT, Collator, as_dataset, model_inputs
 from qlora_trainer.data import TrainingData
 from qlora_trainer.evaluation import mean_loss
 from qlora_trainer.fast.checkpointing import checkpoint_layers
+from qlora_trainer.fast.decoder import FastDecoder, NotCoveredError
+from qlora_trainer.fast.optimizer import let_optimizers_run_ahead
+from qlora_trainer.fast.step import MicroStep
 from qlora_trainer.hardware import Hardware
 from qlorajob.plan import Plan
 from qlorajob.spec import QLoRAJobSpec
 
+LENGTH_MULTIPLE = 64
+"""On a GPU rows are filled up to a multiple of this: what its matrix units work in, and few different shapes."""
+
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that counts tokens and evaluates token by token."""
+    """SFTTrainer that counts tokens, evaluates token by token, and never asks the GPU for a number inside a step."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.tokens_seen = 0
+        self.fast: MicroStep | None = None
         # TRL rounds the adapter to bfloat16. Its updates are smaller than bfloat16 resolves, and fp16's gradient
         # scaler refuses bfloat16 gradients: keep it in float32.
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """TRL's fused loss, which keeps the logits out of memory; its kernels need a GPU, so transformers' on CPU."""
-        self.tokens_seen += int(inputs.pop(TOKEN_COUNT).sum())
-        inputs["use_cache"] = False  # with a cache, transformers doesn't look for packed documents
+    def use_fast_path(self, plan: Plan, hardware: Hardware) -> None:
+        """Compute the training steps on the fast path, where model and machine allow it. It is made for GPUs."""
+        if not hardware.on_gpu:
+            return
+        try:
+            decoder = fast_decoder(self.model, plan)
+        except NotCoveredError as error:
+            hardware.degrade(f"the layers run one operation at a time: {error}")
+            return
+        # Gradients that are scaled, or checkpoints that leave the device, change from step to step.
+        graphs = hardware.precision != "fp16" and not plan.offload_checkpoints
+        self.fast = MicroStep(decoder, self.accelerator.backward, graphs=graphs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro batch."""
+        self.tokens_seen += inputs[TOKEN_COUNT]
+        if self.fast is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        return self.fast(self._prepare_inputs(inputs), num_items_in_batch)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's fused loss, which keeps the logits out of memory; its kernels need a GPU, so transformers' on CPU.
+
+        TRL itself goes on to wait for the batch's entropy and accuracy, which nobody here looks at.
+        """
+        inputs = {**model_inputs(inputs), "use_cache": False}  # with one, transformers looks for no packed documents
         if self.args.use_cpu:
-            return transformers.Trainer.compute_loss(self, model, inputs, *args, **options)
-        return super().compute_loss(model, inputs, *args, **options)
+            return transformers.Trainer.compute_loss(
+                self, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outputs = model(**inputs, fused_lm_head=True)
+        items = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / torch.as_tensor(items).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: transformers walks all modules for it, in every step."""
+        return 0
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """The validation loss, for the callbacks. transformers' own is a mean of batch means."""
@@ -70,12 +117,26 @@ def make_trainer(
         train_dataset=as_dataset(data.train),
         eval_dataset=as_dataset(data.validation) if data.validation else None,
         processing_class=tokenizer,
-        data_collator=Collator(tokenizer.pad_token_id, packed=spec.training.packing),
+        data_collator=Collator(
+            tokenizer.pad_token_id, packed=spec.training.packing, multiple=LENGTH_MULTIPLE if hardware.on_gpu else 1
+        ),
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    hardware.degrade(checkpoint_layers(model, plan))
+    let_optimizers_run_ahead()
+    trainer.use_fast_path(plan, hardware)
+    if trainer.fast is None:
+        hardware.degrade(checkpoint_layers(model, plan))
     return trainer
+
+
+def fast_decoder(model: Any, plan: Plan) -> FastDecoder:
+    """The model on the fast path. Raises NotCoveredError where model or machine don't allow it."""
+    if torch.cuda.get_device_capability()[0] < 8:
+        raise NotCoveredError("its attention needs a GPU of compute capability 8 or more")
+    if plan.gpus > 1:
+        raise NotCoveredError("it knows one GPU")
+    return FastDecoder(model, plan)
 
 
 def seed_everything(seed: int) -> None:
@@ -119,6 +180,7 @@ def _arguments(
         # What is said and kept
         logging_steps=training.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=not hardware.on_gpu,  # it would wait for each micro batch's loss
         report_to="none",
         disable_tqdm=True,
         eval_strategy="steps" if evaluates else "no",

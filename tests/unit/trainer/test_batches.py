@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_trainer.batches import TOKEN_COUNT, Collator, as_dataset
+from qlora_trainer.batches import DOCUMENT_ENDS, LONGEST_DOCUMENT, TOKEN_COUNT, Collator, as_dataset, model_inputs
 from qlora_trainer.data import Corpus, Document
 from qlora_trainer.formats import IGNORED
 
@@ -34,7 +34,8 @@ def test_the_table_holds_the_sequences_in_their_order() -> None:
 
 def _batch(*, packed: bool) -> dict[str, list[Any]]:
     table = as_dataset(CORPUS)
-    return {key: value.tolist() for key, value in Collator(PAD, packed)([table[0], table[1]]).items()}
+    batch = Collator(PAD, packed)([table[0], table[1]])
+    return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def test_padding_is_on_the_right() -> None:
@@ -58,7 +59,26 @@ def test_packed_batches_have_no_attention_mask() -> None:
 
 
 def test_tokens_are_counted_without_padding() -> None:
-    assert sum(_batch(packed=True)[TOKEN_COUNT]) == 9
+    assert _batch(packed=True)[TOKEN_COUNT] == 9
+
+
+def test_documents_end_where_the_next_begins_and_padding_is_one_of_its_own() -> None:
+    batch = _batch(packed=True)
+    assert batch[DOCUMENT_ENDS] == [0, 4, 5, 8, 10]
+    assert batch[LONGEST_DOCUMENT] == 4
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_model_gets_tensors_that_transformers_knows(packed: bool) -> None:
+    names = {"input_ids", "labels", "position_ids" if packed else "attention_mask"}
+    assert model_inputs(_batch(packed=packed)).keys() == names
+
+
+def test_a_length_is_filled_up_to_a_multiple() -> None:
+    table = as_dataset(CORPUS)
+    batch = Collator(PAD, packed=True, multiple=8)([table[0], table[1]])
+    assert batch["input_ids"].shape == (2, 8)
+    assert batch[DOCUMENT_ENDS].tolist() == [0, 4, 8, 11, 13, 16]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Measurements on a GPU. They need one; nothing else imports this."""

@@ -1,0 +1,85 @@
+"""What is measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One setting. `checkpointing`, `layers` and `offload` are the plan of this project's trainer."""
+
+    name: str
+    shape: str
+    rows: int
+    length: int
+    rank: int = 16
+    targets: tuple[str, ...] = ALL
+    dropout: float = 0.0
+    optimizer: str = "paged_adamw_8bit"
+    double_quant: bool = True
+    checkpointing: str = "full"
+    layers: int = 0
+    offload: bool = False
+    mean_length: int = 0
+    """Rows of log-normal lengths with this mean, cut at `length`; 0: all of `length`."""
+
+    def lengths(self, rows: int) -> list[int]:
+        """Tokens of each row. The same for every variant."""
+        if not self.mean_length:
+            return [self.length] * rows
+        spread = 0.8
+        draw = np.random.default_rng(0).lognormal(math.log(self.mean_length) - spread**2 / 2, spread, rows)
+        return [int(min(self.length, max(8, value))) for value in draw]
+
+
+_8B = Case("8b", "llama-3-8b", 4, 2048)
+_R1 = Case(
+    "r1", "llama-2-7b", 4, 1024, rank=64, targets=("q_proj", "v_proj"), dropout=0.1,
+    optimizer="paged_adamw_32bit", double_quant=False,
+)  # fmt: skip
+_R2 = Case("r2", "qwen2-7b", 4, 512, dropout=0.05)
+_7B = Case("7b-512", "llama-2-7b", 1, 512)
+_REAL = Case("8b-real", "llama-3-8b", 4, 2048, mean_length=250)
+
+
+def _auto(case: Case) -> Case:
+    return replace(case, name=f"{case.name}-auto", checkpointing="none")
+
+
+def _offloaded(case: Case) -> Case:
+    return replace(case, name=f"{case.name}-offload", offload=True)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        _8B, _offloaded(_8B), _auto(_8B), _R1, _offloaded(_R1), _auto(_R1), _R2, _auto(_R2), _7B, _auto(_7B),
+        _REAL, _auto(_REAL),
+        Case("13b-512", "llama-2-13b", 1, 512), Case("70b-512", "llama-2-70b", 1, 512),
+        Case("8b-100k", "llama-3-8b", 1, 102_400, rank=32, offload=True),
+        Case("tiny", "tiny", 2, 128, dropout=0.05), Case("tiny-real", "tiny-qwen2", 2, 256, mean_length=40),
+    )
+}  # fmt: skip
+"""By name. An `-auto` case is what a plan for 80 GB says: no checkpointing. Cases of a family share their baselines."""
+
+
+def baseline(case: Case) -> Case:
+    """The case that reference and Unsloth run for it: they have one policy."""
+    return CASES[case.name.removesuffix("-auto").removesuffix("-offload")]
+
+
+def corpus(case: Case, rows: int, vocabulary: int) -> list[dict[str, Any]]:
+    """Random rows as token ids and labels. The first token isn't learnt: nothing comes before it."""
+    draw = np.random.default_rng(1)
+    made = []
+    for length in case.lengths(rows):
+        ids = draw.integers(2, vocabulary, length, dtype=np.int32)
+        made.append({"input_ids": ids, "labels": np.concatenate([[-100], ids[1:]]).astype(np.int32)})
+    return made

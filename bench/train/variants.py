@@ -1,0 +1,203 @@
+"""The trainers that are compared. Each gets a random-weight model, the same rows, and runs some steps under a clock."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from bench.models import SHAPES, build
+from bench.train.cases import Case, corpus
+from bench.train.clock import StepClock
+from qlora_trainer import training
+from qlora_trainer.data import Corpus, Document, TrainingData
+from qlora_trainer.hardware import Hardware
+from qlora_trainer.model import add_adapter
+from qlora_trainer.packing import pack
+from qlorajob.plan import Plan, Requests
+from qlorajob.spec import QLoRAJobSpec
+
+
+def run(variant: str, case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
+    """Train `steps` steps; returns what there is to say besides the clock: the useful tokens of a step, and more."""
+    return {"ours": _ours, "reference": _reference, "unsloth": _unsloth}[variant](case, steps, clock)
+
+
+def _ours(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
+    spec, plan = _spec(case, steps), _plan(case)
+    hardware = Hardware.choose(spec, plan)
+    model = build(SHAPES[case.shape], double_quant=case.double_quant)
+    model = add_adapter(model, spec.lora)
+    data = _data(case, steps)
+    trainer = training.make_trainer(
+        spec,
+        plan,
+        hardware,
+        model=model,
+        tokenizer=_tokenizer(),
+        data=data,
+        total_steps=steps,
+        folder=Path(tempfile.mkdtemp()),
+        callbacks=[clock],
+    )
+    training.train(trainer, 0, None)
+    return {
+        "tokens": trainer.tokens_seen / steps,
+        "path": "fast" if trainer.fast is not None else "plain",
+        "degradations": hardware.degradations,
+        "trainer": trainer,
+    }
+
+
+def _spec(case: Case, steps: int) -> QLoRAJobSpec:
+    return QLoRAJobSpec.model_validate(
+        {
+            "model": {"uri": "hf://bench/random"},
+            "dataset": {"uri": "hf://bench/random"},
+            "quantization": {"doubleQuant": case.double_quant},
+            "lora": {
+                "rank": case.rank,
+                "alpha": case.rank,
+                "dropout": case.dropout,
+                "targetModules": list(case.targets),
+            },
+            "training": {
+                "maxSteps": steps,
+                "globalBatchSize": case.rows,
+                "microBatchSize": case.rows,
+                "maxSequenceLength": case.length,
+                "packing": bool(case.mean_length),
+                "optimizer": case.optimizer,
+                "loggingSteps": steps,
+                "saveSteps": 0,
+            },
+            "output": {"uri": "s3://bench/random"},
+        }
+    )
+
+
+def _plan(case: Case) -> Plan:
+    return Plan(
+        gpu_class="bench",
+        gpus=1,
+        predicted_peak_bytes=0,
+        micro_batch_size=case.rows,
+        gradient_accumulation=1,
+        checkpointing=case.checkpointing,  # type: ignore[arg-type]
+        checkpointed_layers=case.layers,
+        offload_checkpoints=case.offload,
+        requests=Requests(cpu="1", memory="1Gi", ephemeral_storage="1Gi"),
+        reason="a measurement",
+    )
+
+
+def _data(case: Case, steps: int) -> TrainingData:
+    """Enough rows for all steps; packed where their lengths differ."""
+    rows = case.rows * steps * (case.length // case.mean_length + 1 if case.mean_length else 1)
+    documents = [Document(**row) for row in corpus(case, rows, SHAPES[case.shape].vocabulary)]
+    if case.mean_length:
+        sequences = pack([len(document) for document in documents], case.length)
+    else:
+        sequences = [[number] for number in range(len(documents))]
+    return TrainingData(Corpus(documents, sequences), None, encoder=None, digest="", summary=None)  # type: ignore[arg-type]
+
+
+def _reference(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
+    """The recipe of the QLoRA write-ups: prepare_model_for_kbit_training, PEFT, transformers' Trainer."""
+    model = build(SHAPES[case.shape], double_quant=case.double_quant)
+    model = prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    model = get_peft_model(model, _lora(case))
+    return _transformers(model, case, steps, clock)
+
+
+def _unsloth(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
+    """Unsloth's own loader and patches, with the random model in place of one from disk."""
+    import unsloth.models.llama  # patches transformers; must come before the model is made
+    from unsloth import FastLanguageModel
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> Any:
+            return build(SHAPES[case.shape], double_quant=case.double_quant)
+
+    unsloth.models.llama.AutoModelForCausalLM = Loader
+    folder = tempfile.mkdtemp()
+    SHAPES[case.shape].config(case.length).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=case.length, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=case.rank,
+        target_modules=list(case.targets),
+        lora_alpha=case.rank,
+        lora_dropout=case.dropout,
+        bias="none",
+        use_gradient_checkpointing=os.environ.get("UNSLOTH_CHECKPOINTING", "unsloth") or False,
+        max_seq_length=case.length,
+    )
+    return _transformers(model, case, steps, clock)
+
+
+def _lora(case: Case) -> LoraConfig:
+    return LoraConfig(
+        r=case.rank,
+        lora_alpha=case.rank,
+        lora_dropout=case.dropout,
+        target_modules=list(case.targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _transformers(model: Any, case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
+    rows = corpus(case, case.rows * steps, SHAPES[case.shape].vocabulary)
+    for row in rows:
+        row["length"] = len(row["input_ids"])
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=steps,
+        per_device_train_batch_size=case.rows,
+        train_sampling_strategy="group_by_length" if case.mean_length else "random",
+        learning_rate=2e-4,
+        warmup_steps=max(1, steps * 3 // 100),
+        lr_scheduler_type="cosine",
+        optim=case.optimizer,
+        max_grad_norm=0.3,
+        bf16=True,
+        logging_steps=steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=0,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collate, callbacks=[clock])
+    trainer.train()
+    return {"tokens": sum(row["length"] for row in rows) / steps, "trainer": trainer}
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    longest = max(row["length"] for row in rows)
+
+    def padded(key: str, value: int) -> torch.Tensor:
+        return torch.tensor([[*row[key], *[value] * (longest - row["length"])] for row in rows])
+
+    mask = torch.tensor([[1] * row["length"] + [0] * (longest - row["length"]) for row in rows])
+    return {"input_ids": padded("input_ids", 1), "labels": padded("labels", -100), "attention_mask": mask}
+
+
+def _tokenizer() -> Any:
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )

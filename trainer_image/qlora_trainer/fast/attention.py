@@ -1,0 +1,97 @@
+"""Causal attention forward and backward, on whole rows or on packed documents, without a mask of length².
+
+Whole rows go to cuDNN (the fastest there is on Hopper), packed documents to the variable-length FlashAttention that
+torch brings. Both are called below autograd, so that a layer decides itself what it keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How T tokens in one line are rows, or documents."""
+
+    rows: int
+    """Rows of equal length; unused with documents."""
+    ends: torch.Tensor | None = None
+    """With documents: where each begins, and T at the end, int32 [documents + 1]. Empty ones may follow."""
+    longest: int = 0
+    """With documents: at least the longest one's length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """The result [T, heads, D] and what the backward pass needs besides."""
+
+    out: torch.Tensor
+    statistics: tuple[Any, ...]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> Attended:
+    """Attention of q [T, heads, D] to k and v [T, key/value heads, D]; only the last dimension must be dense."""
+    if not q.is_cuda:
+        return Attended(_plain(q, k, v, layout), ())
+    if layout.ends is not None:
+        out, *statistics = aten._flash_attention_forward(
+            q, k, v, layout.ends, layout.ends, layout.longest, layout.longest, 0.0, True, False
+        )
+        return Attended(out, tuple(statistics[:3]))
+    out, *statistics = aten._scaled_dot_product_cudnn_attention(
+        *(_in_rows(tensor, layout) for tensor in (q, k, v)), None, True, 0.0, True
+    )
+    return Attended(out.transpose(1, 2).reshape(q.shape), (statistics[0], statistics[5], statistics[6]))
+
+
+def attend_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: Attended, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, each of its shape."""
+    if not q.is_cuda:
+        return _plain_backward(grad, q, k, v, layout)
+    if layout.ends is not None:
+        log_sums, random, unused = attended.statistics
+        return aten._flash_attention_backward(  # type: ignore[no-any-return]
+            grad, q, k, v, attended.out, log_sums, layout.ends, layout.ends, layout.longest, layout.longest,
+            0.0, True, random, unused,
+        )  # fmt: skip
+    log_sums, seed, offset = attended.statistics
+    length = len(q) // layout.rows
+    grads = aten._scaled_dot_product_cudnn_attention_backward(
+        *(_in_rows(tensor, layout) for tensor in (grad, q, k, v, attended.out)),
+        log_sums, seed, offset, None, None, None, length, length, 0.0, True,
+    )  # fmt: skip
+    dq, dk, dv = (part.transpose(1, 2).flatten(0, 1) for part in grads)
+    return dq, dk, dv
+
+
+def _in_rows(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """[T, heads, D] → [rows, heads, length, D], a view."""
+    return tensor.view(layout.rows, -1, *tensor.shape[1:]).transpose(1, 2)
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+    rows = torch.arange(layout.rows + 1) * (len(q) // max(1, layout.rows))
+    ends = rows if layout.ends is None else layout.ends
+    token = torch.arange(len(q))
+    document = torch.searchsorted(ends[1:].contiguous(), token, right=True)
+    mask = (document[:, None] == document[None, :]) & (token[:, None] >= token[None, :])
+    one, two, three = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    return functional.scaled_dot_product_attention(one, two, three, mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _plain_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
+    with torch.enable_grad():
+        out = _plain(q, k, v, layout)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    return dq, dk, dv

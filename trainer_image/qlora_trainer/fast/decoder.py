@@ -1,0 +1,139 @@
+"""The training forward pass of a whole Llama-shaped model, beside PEFT's modules, which it only reads.
+
+Evaluation, generation, saving and merging go on using the modules themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qlora_trainer.fast.attention import Layout
+from qlora_trainer.fast.checkpointing import planned_layers
+from qlora_trainer.fast.cross_entropy import NormedHeadLoss
+from qlora_trainer.fast.layer import Batch, Layer
+from qlora_trainer.fast.linears import Group, Linear
+from qlora_trainer.fast.offload import Garage
+from qlora_trainer.formats import IGNORED
+from qlorajob.plan import Plan
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+"""transformers' model types of this shape, and how their classes' names begin."""
+
+
+class NotCoveredError(Exception):
+    """This model can't be run here; the message says why."""
+
+
+class FastDecoder:
+    """A causal language model of the Llama shape with LoRA adapters. Only those are trained."""
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        """Raises NotCoveredError where the model isn't of the shape."""
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = causal.config
+        _require_shape(causal)
+        body = causal.model
+        self.model = model
+        self._embed, self._rotary, self._norm = body.embed_tokens, body.rotary_emb, body.norm
+        self._head = causal.lm_head.weight
+        dtype = self._head.dtype
+        checkpointed = planned_layers(plan, len(body.layers))
+        self.layers = [
+            _read_layer(layer, number, dtype, config, checkpointed=number < checkpointed)
+            for number, layer in enumerate(body.layers)
+        ]
+        groups = [group for layer in self.layers for group in layer.groups]
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        _require_only_adapters(model, self.parameters)
+        self._copies = [view for group in groups for view in group.copies]
+        size = max(group.outputs * group.inputs for group in groups)
+        self._buffer = torch.empty(size, dtype=dtype, device=self._head.device)
+        self._garage = Garage() if plan.offload_checkpoints and checkpointed else None
+
+    def summed_loss(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, layout: Layout
+    ) -> torch.Tensor:
+        """The sum of all counted tokens' cross-entropies, float32. Everything else is [rows, length]."""
+        with torch.autocast(input_ids.device.type, enabled=False):
+            with torch.no_grad():
+                torch._foreach_copy_(self._copies, list[torch.Tensor](self.parameters))
+                hidden = self._embed(input_ids).flatten(0, 1)
+                batch = self._batch(positions, layout)
+            for layer in self.layers:
+                hidden = layer(hidden, batch)
+            shifted = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+            return NormedHeadLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
+                hidden, self._norm.weight, self._norm.variance_epsilon, self._head, shifted
+            )
+
+    def _batch(self, positions: torch.Tensor, layout: Layout) -> Batch:
+        wide = torch.empty(0, dtype=torch.float32, device=positions.device)
+        cos, sin = (table.flatten(0, 1) for table in self._rotary(wide, positions))
+        half = cos.shape[1] // 2
+        seed = torch.randint(2**31, (1,), device=positions.device)
+        return Batch(layout, cos[:, :half].contiguous(), sin[:, :half].contiguous(), seed, self._buffer, self._garage)
+
+
+def _read_layer(layer: Any, number: int, dtype: torch.dtype, config: Any, *, checkpointed: bool) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def group(*modules: nn.Module) -> Group:
+        return Group([_read(module) for module in modules], dtype)
+
+    return Layer(
+        number=number,
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_size=attention.head_dim,
+        eps=layer.input_layernorm.variance_epsilon,
+        input_norm=layer.input_layernorm.weight.data,
+        middle_norm=layer.post_attention_layernorm.weight.data,
+        qkv=group(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=group(attention.o_proj),
+        gate_up=group(mlp.gate_proj, mlp.up_proj),
+        down=group(mlp.down_proj),
+        checkpointed=checkpointed,
+    )
+
+
+def _read(module: nn.Module) -> Linear:
+    linear = Linear.of(module)
+    if isinstance(linear, str):
+        raise NotCoveredError(linear)
+    return linear
+
+
+def _require_shape(causal: Any) -> None:
+    config = causal.config
+    name = FAMILIES.get(config.model_type)
+    if (
+        name is None
+        or type(causal).__name__ != f"{name}ForCausalLM"
+        or not type(causal).__module__.startswith("transformers.")
+    ):
+        raise NotCoveredError(f"{config.model_type} isn't of the Llama shape")
+    if config.hidden_act not in ("silu", "swish"):
+        raise NotCoveredError(f"the activation is {config.hidden_act}")
+    if causal.model.rotary_emb.rope_type not in ("default", "linear", "llama3", "yarn"):
+        raise NotCoveredError(f"the position embedding {causal.model.rotary_emb.rope_type} depends on the batch")
+    if config.attention_dropout:
+        raise NotCoveredError("attention has dropout")
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()) or (
+        config.model_type == "mistral" and config.sliding_window
+    ):
+        raise NotCoveredError("attention has a sliding window")
+    if causal.lm_head.bias is not None if hasattr(causal.lm_head, "bias") else True:
+        raise NotCoveredError("the output head is more than a matrix")
+    if len({causal.lm_head.weight.dtype, causal.model.embed_tokens.weight.dtype, causal.model.norm.weight.dtype}) > 1:
+        raise NotCoveredError("embeddings, norms and head differ in type")
+
+
+def _require_only_adapters(model: Any, parameters: list[Any]) -> None:
+    known = {id(parameter) for parameter in parameters}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise NotCoveredError(f"{name} is trained too")

@@ -1,0 +1,238 @@
+"""One decoder layer of the Llama shape as a single step of autograd, with its backward pass written out.
+
+Written out, the layer decides what it keeps (its norms are computed again in any case), a checkpointed layer computes
+again only what its gradients need (never the MLP's last product, a quarter of the layer), and no gradient is added up
+in a pass of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_trainer.fast.attention import Attended, Layout, attend, attend_backward
+from qlora_trainer.fast.linears import Group, wide_mm
+from qlora_trainer.fast.low_rank import Dropout, add_product, dropped
+from qlora_trainer.fast.norm import rms_norm, rms_norm_backward
+from qlora_trainer.fast.offload import Garage
+from qlora_trainer.fast.rope import rotate
+from qlora_trainer.fast.swiglu import Update, swiglu, swiglu_backward
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What all layers of one forward pass share. T tokens in one line."""
+
+    layout: Layout
+    cos: torch.Tensor
+    """[T, D/2], float32."""
+    sin: torch.Tensor
+    """[T, D/2], float32."""
+    seed: torch.Tensor
+    """Of the dropout masks: one int64."""
+    buffer: torch.Tensor
+    """Flat; each weight is dequantized into it."""
+    garage: Garage | None = None
+    """Where checkpoints wait; None leaves them on the device."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """What a layer's backward pass needs. Widths: H hidden, I inside the MLP."""
+
+    x: torch.Tensor
+    """The layer's input [T, H]."""
+    qkv: torch.Tensor
+    """After the rotary embedding [T, (heads + 2 · key/value heads) · D]."""
+    attended: Attended
+    """[T, heads · D] and a float32 a head."""
+    middle: torch.Tensor
+    """The residual stream between attention and MLP [T, H]."""
+    gate_up: torch.Tensor
+    """Without the adapters' updates [T, 2 · I]."""
+    low: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    """Inputs times A, of qkv, o and gate_up."""
+    low_down: torch.Tensor | None = None
+    """Likewise of down; computed again where it isn't there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer: x + attention(norm(x)), then + mlp(norm(·))."""
+
+    number: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    eps: float
+    input_norm: torch.Tensor
+    middle_norm: torch.Tensor
+    qkv: Group
+    out: Group
+    gate_up: Group
+    down: Group
+    checkpointed: bool
+
+    @property
+    def groups(self) -> tuple[Group, Group, Group, Group]:
+        """In the order of their gradients."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+    @property
+    def parameters(self) -> list[Any]:
+        """The adapters' parameters."""
+        return [parameter for group in self.groups for parameter in group.parameters]
+
+    def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Run the layer on x [T, H]."""
+        return _Run.apply(x, self, batch, *self.parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+    def keep(self, x: torch.Tensor, batch: Batch, attended: Attended | None = None) -> Kept:
+        """The forward pass up to the MLP's activation. `attended` is the attention's result where it is known."""
+        normed, _ = rms_norm(x, self.input_norm, self.eps)
+        qkv, low_qkv = self._linear(self.qkv, normed, batch, 0)
+        heads = self.heads + self.key_value_heads
+        rotated = qkv[:, : heads * self.head_size].view(-1, heads, self.head_size)
+        rotate(rotated, batch.cos, batch.sin, rotated)
+        attended = attended or attend(*self._split(qkv), batch.layout)
+        middle, low_out = self._linear(self.out, attended.out.flatten(1), batch, 1)
+        normed, _ = rms_norm(middle, self.middle_norm, self.eps, add=x)
+        gate_up = _product(self.gate_up, normed, batch.buffer)
+        low_gate_up = dropped(normed, self._dropout(self.gate_up, batch, 2)) @ self.gate_up.a.T
+        return Kept(x, qkv, attended, middle, gate_up, (low_qkv, low_out, low_gate_up))
+
+    def finish(self, kept: Kept, batch: Batch) -> torch.Tensor:
+        """The rest: the activation, the last product, the residual."""
+        active, active_dropped = swiglu(kept.gate_up, *self._updates(kept), dropout=self._dropout(self.down, batch, 3))
+        out = torch.addmm(kept.middle, active, self.down.weight(batch.buffer).T)
+        if self.down.bias is not None:
+            out.add_(self.down.bias)
+        if self.down.rank:
+            kept.low_down = active_dropped @ self.down.a.T
+            out.addmm_(kept.low_down, self.down.b.T, alpha=self.down.scale)
+        return out
+
+    def backward(
+        self, grad: torch.Tensor, kept: Kept, batch: Batch, *, to_input: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Gradients of the input (None unless asked for) and of the parameters. Overwrites what was kept."""
+        middle_grad, mlp = self._backward_mlp(grad, kept, batch)
+        input_grad, attention = self._backward_attention(middle_grad, kept, batch, to_input=to_input)
+        return input_grad, [*attention, *mlp]
+
+    def _backward_mlp(self, grad: torch.Tensor, kept: Kept, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        down, dropout = self.down, self._dropout(self.down, batch, 3)
+        active = grad @ down.weight(batch.buffer)
+        low_grad = (grad @ down.b).mul_(down.scale)
+        swiglu_backward(kept.gate_up, active, *self._updates(kept), Update(low_grad, down.a, 1.0), dropout)
+        low = kept.low_down if kept.low_down is not None or not down.rank else active @ down.a.T
+        down_grads = _adapter_gradients(down, grad, low, low_grad, active)
+        del active
+        normed, rstd = rms_norm(kept.middle, self.middle_norm, self.eps)
+        into, grads = self._backward_linear(self.gate_up, kept.gate_up, kept.low[2], normed, batch, 2)
+        return rms_norm_backward(into, kept.middle, self.middle_norm, rstd, add=grad), [*grads, *down_grads]
+
+    def _backward_attention(
+        self, grad: torch.Tensor, kept: Kept, batch: Batch, *, to_input: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        attended = kept.attended.out
+        into, out_grads = self._backward_linear(self.out, grad, kept.low[1], attended.flatten(1), batch, 1)
+        split = self._split(kept.qkv)
+        grads = attend_backward(into.view_as(attended), *split, kept.attended, batch.layout)
+        for part_grad, part in zip(grads[:2], split[:2], strict=True):
+            rotate(part_grad, batch.cos, batch.sin, part, back=True)
+        split[2].copy_(grads[2])
+        normed, rstd = rms_norm(kept.x, self.input_norm, self.eps)
+        into, qkv_grads = self._backward_linear(self.qkv, kept.qkv, kept.low[0], normed, batch, 0, to_input=to_input)
+        if to_input:
+            return rms_norm_backward(into, kept.x, self.input_norm, rstd, add=grad), [*qkv_grads, *out_grads]
+        return None, [*qkv_grads, *out_grads]
+
+    def _linear(self, group: Group, x: torch.Tensor, batch: Batch, site: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Product, bias and adapter; and the input times A."""
+        y = _product(group, x, batch.buffer)
+        low = dropped(x, self._dropout(group, batch, site)) @ group.a.T
+        if group.rank:
+            y.addmm_(low, group.b.T, alpha=group.scale)
+        return y, low
+
+    def _backward_linear(
+        self, group: Group, grad: torch.Tensor, low: torch.Tensor, x: torch.Tensor, batch: Batch, site: int,
+        *, to_input: bool = True,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+        """Gradients of the input x and of the parameters. Without `to_input`, the former is anything."""
+        dropout = self._dropout(group, batch, site)
+        low_grad = (grad @ group.b).mul_(group.scale)
+        grads = _adapter_gradients(group, grad, low, low_grad, dropped(x, dropout))
+        if not to_input:
+            return grad, grads
+        into = grad @ group.weight(batch.buffer)
+        if group.rank:
+            add_product(into, low_grad, group.a, 1.0, dropout)
+        return into, grads
+
+    def _dropout(self, group: Group, batch: Batch, site: int) -> Dropout | None:
+        return Dropout(group.dropout, batch.seed, 4 * self.number + site) if group.dropout and group.rank else None
+
+    def _updates(self, kept: Kept) -> tuple[Update, Update]:
+        """Of gate and up."""
+        group, updates = self.gate_up, []
+        for number in (0, 1):
+            rows, ranks = group.part(number)
+            updates.append(Update(kept.low[2][:, ranks], group.b[rows, ranks].T, group.scale))
+        return updates[0], updates[1]
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [T, heads, D], k and v [T, key/value heads, D]: views."""
+        heads, end = qkv.view(len(qkv), -1, self.head_size), self.heads + self.key_value_heads
+        return heads[:, : self.heads], heads[:, self.heads : end], heads[:, end:]
+
+
+def _product(group: Group, x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    weight = group.weight(buffer).T
+    return x @ weight if group.bias is None else torch.addmm(group.bias, x, weight)
+
+
+def _adapter_gradients(
+    group: Group, grad: torch.Tensor, low: torch.Tensor | None, low_grad: torch.Tensor, x: torch.Tensor
+) -> list[torch.Tensor]:
+    """From the gradients of the output and of x·A, x·A itself, and x (after dropout)."""
+    if not group.rank or low is None:
+        return []
+    return group.gradients(wide_mm(low_grad.T, x), wide_mm(grad.T, low).mul_(group.scale))
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Layer, batch: Batch, *parameters: Any) -> torch.Tensor:
+        kept = layer.keep(x, batch)
+        out = layer.finish(kept, batch)
+        if any(ctx.needs_input_grad):
+            ctx.layer, ctx.batch = layer, batch
+            ctx.kept = _checkpoint(kept, batch) if layer.checkpointed else kept
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        layer, batch = ctx.layer, ctx.batch
+        kept = ctx.kept if isinstance(ctx.kept, Kept) else layer.keep(*_restore(ctx.kept, batch))
+        ctx.kept = None  # overwritten below, and a second backward pass must not find it
+        to_input, parameters = layer.backward(grads[0], kept, batch, to_input=ctx.needs_input_grad[0])
+        return to_input, None, None, *parameters
+
+
+def _checkpoint(kept: Kept, batch: Batch) -> tuple[Any, ...]:
+    """The input; and in host memory, which is large, the attention's result, whose cost grows with the length."""
+    if batch.garage is None:
+        return (kept.x,)
+    return batch.garage.store(kept.x), batch.garage.store(kept.attended.out), kept.attended.statistics
+
+
+def _restore(stored: tuple[Any, ...], batch: Batch) -> tuple[torch.Tensor, Batch, Attended | None]:
+    if batch.garage is None:
+        return stored[0], batch, None
+    x, out, statistics = stored
+    attended = Attended(batch.garage.take(out), statistics)
+    return batch.garage.take(x), batch, attended

@@ -1,0 +1,166 @@
+"""Frozen linear layers that share an input, as one; with their LoRA adapters.
+
+q, k and v become one matrix product, gate and up another. The weights are dequantized side by side into a buffer that
+all groups share; the adapters' float32 weights are copied once a step into the compute type: the A matrices one below
+the other, the B matrices as blocks on a diagonal, ranks filled up with zeros to what tensor cores take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from qlora_trainer.fast.low_rank import RANK_STEP
+from qlora_trainer.fast.nf4 import dequantize, supports
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear layer: the frozen module and its adapter's matrices A [r, K] and B [N, r], if it has one."""
+
+    base: Any
+    a: nn.Parameter | None = None
+    b: nn.Parameter | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Linear | str:
+        """Read a module; or say why it can't be run here."""
+        if not isinstance(module, LoraLayer):
+            reason = _why_not(module)
+            return reason or cls(module)
+        reason = _why_not(module.base_layer) or _why_not_adapter(module)
+        if reason:
+            return reason
+        a, b = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+        dropout = getattr(module.lora_dropout[ADAPTER], "p", 0.0)
+        return cls(module.base_layer, a.weight, b.weight, module.scaling[ADAPTER], dropout)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.base.out_features, self.base.in_features
+
+    @property
+    def rank(self) -> int:
+        """The adapter's rank; 0 without one."""
+        return 0 if self.a is None else len(self.a)
+
+    def write(self, out: torch.Tensor) -> None:
+        """Write the frozen weight [N, K] into `out`."""
+        weight = self.base.weight
+        if isinstance(weight, bitsandbytes.nn.Params4bit):
+            dequantize(weight.data, weight.quant_state, out)
+        else:
+            out.copy_(weight)
+
+
+def _why_not(base: Any) -> str | None:
+    if isinstance(base, bitsandbytes.nn.Linear4bit):
+        state = base.weight.quant_state
+        return None if state is not None and supports(state) else "a 4-bit weight isn't made of whole blocks"
+    if type(base) is nn.Linear:
+        return None
+    return f"{type(base).__name__} is no linear layer that it knows"
+
+
+def _why_not_adapter(module: Any) -> str | None:
+    plain = (
+        list(module.active_adapters) == [ADAPTER]
+        and not module.merged
+        and not module.lora_variant
+        and not module.lora_embedding_A
+        and module.lora_A[ADAPTER].bias is None
+        and module.lora_B[ADAPTER].bias is None
+    )
+    return None if plain else "the adapter is more than plain LoRA"
+
+
+class Group:
+    """Linears with one input, as one linear layer with outputs N = ΣNᵢ and one adapter of rank R = Σrᵢ (filled up)."""
+
+    def __init__(self, linears: Sequence[Linear], dtype: torch.dtype) -> None:
+        self.linears = tuple(linears)
+        weight = linears[0].base.weight
+        self.inputs = linears[0].shape[1]
+        self.outputs = sum(linear.shape[0] for linear in linears)
+        self.scale = next((linear.scale for linear in linears if linear.rank), 1.0)
+        self.dropout = next((linear.dropout for linear in linears if linear.rank), 0.0)
+        self.ranks = [-(-linear.rank // RANK_STEP) * RANK_STEP for linear in linears]
+        self.rank = sum(self.ranks)
+        self.a = torch.zeros(self.rank, self.inputs, dtype=dtype, device=weight.device)
+        self.b = torch.zeros(self.outputs, self.rank, dtype=dtype, device=weight.device)
+        self.bias = self._joined_bias(dtype)
+        self.parameters: list[nn.Parameter] = [
+            part for linear in linears for part in (linear.a, linear.b) if part is not None
+        ]
+
+    @property
+    def copies(self) -> list[torch.Tensor]:
+        """Where the parameters go in `a` and `b`: views, in the order of `parameters`."""
+        views = []
+        for linear, row, column in self._places():
+            views.append(self.a[column : column + linear.rank])
+            views.append(self.b[row : row + linear.shape[0], column : column + linear.rank])
+        return views
+
+    def part(self, number: int) -> tuple[slice, slice]:
+        """Outputs and ranks of one of the linears."""
+        row = sum(linear.shape[0] for linear in self.linears[:number])
+        column = sum(self.ranks[:number])
+        return slice(row, row + self.linears[number].shape[0]), slice(column, column + self.ranks[number])
+
+    def weight(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The frozen weight [N, K], in the buffer: valid until another group's is asked for."""
+        if len(self.linears) == 1 and self.linears[0].base.weight.dtype == buffer.dtype:
+            return self.linears[0].base.weight.data  # type: ignore[no-any-return]
+        whole = buffer[: self.outputs * self.inputs].view(self.outputs, self.inputs)
+        row = 0
+        for linear in self.linears:
+            linear.write(whole[row : row + linear.shape[0]])
+            row += linear.shape[0]
+        return whole
+
+    def gradients(self, da: torch.Tensor | None, db: torch.Tensor | None) -> list[torch.Tensor]:
+        """Gradients of `parameters` from those of `a` and `b`."""
+        if da is None or db is None:
+            return []
+        found = []
+        for linear, row, column in self._places():
+            found.append(da[column : column + linear.rank])
+            found.append(db[row : row + linear.shape[0], column : column + linear.rank])
+        return found
+
+    def _places(self) -> list[tuple[Linear, int, int]]:
+        places, row, column = [], 0, 0
+        for linear, rank in zip(self.linears, self.ranks, strict=True):
+            if linear.rank:
+                places.append((linear, row, column))
+            row, column = row + linear.shape[0], column + rank
+        return places
+
+    def _joined_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        biases = [linear.base.bias for linear in self.linears]
+        if all(bias is None for bias in biases):
+            return None
+        parts = [
+            bias.detach().to(dtype) if bias is not None else self.b.new_zeros(linear.shape[0])
+            for bias, linear in zip(biases, self.linears, strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def wide_mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, rounded to float32 only: for gradients of float32 weights."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
