@@ -14,9 +14,7 @@ from demo.target import find
 from tests.support.live import Cluster, Namespace, write_s3_secret
 
 # How fast an example is made depends on what else the machine does: no property is about that.
-hypothesis.settings.register_profile(
-    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
 

@@ -12,12 +12,14 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from kubernetes import client, config
+from ruamel.yaml import YAML
 
 from qlorajob.crd import crd
 from qlorajob.resource import InvalidManifest, parse
@@ -25,6 +27,7 @@ from qlorajob.spec import QLoRAJobSpec
 from qlorajob.status import Condition, Display, HistoryEntry, Phase, QLoRAJobStatus, RunStatus
 from tests.unit.contract.manifests import MINIMAL_SPEC as MINIMAL
 from tests.unit.contract.manifests import manifest
+from tests.unit.contract.test_examples import MANIFESTS
 from tests.unit.contract.test_run import ARTIFACTS, MEMORY, NOW, PLAN, PREPARED, PROGRESS
 from tests.unit.contract.wrong import CASES
 
@@ -302,6 +305,12 @@ def specs(draw: st.DrawFn) -> Json:
 @given(spec=specs())
 def test_models_and_api_server_agree_on_any_spec(create: Create, spec: Json) -> None:
     event("accepted" if assert_agreement(create, job(spec)) else "refused")
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_models_and_api_server_accept_the_examples(create: Create, path: Path) -> None:
+    (example,) = YAML(typ="safe", pure=True).load_all(path)
+    assert assert_agreement(create, example)
 
 
 # Found by longer runs; kept as they are cheap.
