@@ -36,8 +36,11 @@ class Inventory:
         return self._fleet
 
     def node_changed(self, name: str) -> bool:
-        """Whether the node's GPUs aren't what they were at the last call."""
-        return self._changed(("node", name), _only(self._nodes, name))
+        """Whether the node's GPUs, or who may use them, aren't what they were at the last call."""
+        facts, before = _only(self._nodes, name), self._seen.get(("node", name))
+        changed = self._changed(("node", name), facts)
+        # Of which nodes ResourceSlices tell, nobody has to know here.
+        return changed and (len(self._slices) > 0 or _has_gpus(facts) or _has_gpus(before))
 
     def slice_changed(self, name: str) -> bool:
         """Whether the ResourceSlice's GPUs aren't what they were at the last call."""
@@ -55,3 +58,7 @@ class Inventory:
 
 def _only(index: Mapping[str, Iterable[Any]], name: str) -> Any:
     return next(iter(index[name]), None) if name in index else None
+
+
+def _has_gpus(facts: object) -> bool:
+    return isinstance(facts, NodeFacts) and facts.has_gpus

@@ -35,7 +35,7 @@ class Taint:
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What of a node with GPUs matters here."""
+    """What of a node matters here."""
 
     name: str
     labels: Mapping[str, str]
@@ -43,9 +43,14 @@ class NodeFacts:
     resources: Mapping[str, int]
     """Extended resources of NVIDIA devices, and how many there are."""
 
+    @property
+    def has_gpus(self) -> bool:
+        """A device plugin or GPU feature discovery says so (of a DRA driver's devices a ResourceSlice tells)."""
+        return bool(self.resources) or any(PRODUCT_LABEL.fullmatch(label) for label in self.labels)
 
-def node_facts(raw: Raw) -> NodeFacts | None:
-    """A Node's; None where it has no GPU."""
+
+def node_facts(raw: Raw) -> NodeFacts:
+    """A Node's."""
     metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     labels: Mapping[str, str] = dict(metadata.get("labels") or {})
     counted = [*(status.get("capacity") or {}).items(), *(status.get("allocatable") or {}).items()]
@@ -53,8 +58,6 @@ def node_facts(raw: Raw) -> NodeFacts | None:
     for name, quantity in counted:
         if name.startswith("nvidia.com/") and str(quantity).isdecimal():
             resources[name] = max(resources.get(name, 0), int(quantity))
-    if not resources and not any(PRODUCT_LABEL.fullmatch(label) for label in labels):
-        return None
     taints = tuple(
         Taint(taint["key"], taint.get("value") or "", taint["effect"])
         for taint in spec.get("taints") or ()

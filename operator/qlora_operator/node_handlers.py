@@ -11,9 +11,8 @@ from qlora_operator.node_gpus import NodeFacts, node_facts
 
 @kopf.index("", "v1", "nodes", id="nodes")
 def index_node(name: str, body: kopf.Body, **_: Any) -> dict[str, NodeFacts]:
-    """Nodes with GPUs by name."""
-    facts = node_facts(body)
-    return {name: facts} if facts else {}
+    """Nodes by name."""
+    return {name: node_facts(body)}
 
 
 @kopf.on.event("", "v1", "nodes")

@@ -26,6 +26,7 @@ CAPABILITY = {
     "NVIDIA-A100-SXM4-40GB": "8.0",
     "NVIDIA-A100-SXM4-80GB": "8.0",
     "NVIDIA-H100-80GB-HBM3": "9.0",
+    "NVIDIA-GeForce-RTX-3060": "8.6",
     "Tesla-P100-PCIE-16GB": "6.0",
 }
 MEMORY = {
@@ -35,6 +36,7 @@ MEMORY = {
     "NVIDIA-A100-SXM4-40GB": 40960,
     "NVIDIA-A100-SXM4-80GB": 81920,
     "NVIDIA-H100-80GB-HBM3": 81559,
+    "NVIDIA-GeForce-RTX-3060": 12288,
     "Tesla-P100-PCIE-16GB": 16384,
 }
 """What nvidia.com/gpu.memory says with a current driver."""
@@ -77,16 +79,17 @@ def whole(name: str, product: str, count: int = 1, *taints: Json, **extra: str) 
     return node(name, labels(product, count) | compute(product), {"nvidia.com/gpu": count}, *taints, **extra)
 
 
-def shared(name: str, product: str, replicas: int, *taints: Json) -> Json:
-    """A node with one GPU that is time-sliced."""
-    said = labels(f"{product}-SHARED", memory=MEMORY[product], replicas=replicas) | compute(product)
-    return node(name, said | {"nvidia.com/gpu.sharing-strategy": "time-slicing"}, {"nvidia.com/gpu": replicas}, *taints)
+def shared(name: str, product: str, replicas: int, count: int, *taints: Json, **extra: str) -> Json:
+    """A node whose GPUs are time-sliced."""
+    said = labels(f"{product}-SHARED", count, memory=MEMORY[product], replicas=replicas) | compute(product)
+    said |= {"nvidia.com/gpu.sharing-strategy": "time-slicing"}
+    return node(name, said, {"nvidia.com/gpu": replicas * count}, *taints, **extra)
 
 
-def mig_single(name: str, product: str, profile: str, mib: int, count: int, *taints: Json) -> Json:
+def mig_single(name: str, product: str, profile: str, mib: int, count: int, *taints: Json, **extra: str) -> Json:
     """A node with equal slices, which look like GPUs."""
     said = labels(f"{product}-MIG-{profile}", count, memory=mib) | compute(product)
-    return node(name, said | {"nvidia.com/mig.strategy": "single"}, {"nvidia.com/gpu": count}, *taints)
+    return node(name, said | {"nvidia.com/mig.strategy": "single"}, {"nvidia.com/gpu": count}, *taints, **extra)
 
 
 def mig_mixed(
@@ -143,6 +146,6 @@ def device_class(kind: str) -> Json:
 
 def fleet(*objects: Json, values: tuple[GpuClass, ...] = ()) -> Fleet:
     """What the operator makes of Nodes and ResourceSlices (of others it makes nothing)."""
-    nodes = [facts for raw in objects if raw["kind"] == "Node" and (facts := node_facts(raw))]
+    nodes = [node_facts(raw) for raw in objects if raw["kind"] == "Node"]
     slices = [facts for raw in objects if raw["kind"] == "ResourceSlice" and (facts := slice_facts(raw))]
     return survey(nodes, slices, values)

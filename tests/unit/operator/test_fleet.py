@@ -50,7 +50,7 @@ H100_DEVICE = gpus.device("gpu-0", "NVIDIA H100 80GB HBM3", 81559, "9.0")
             gpus.mig_mixed("n", A100, {"1g.12gb": (12000, 7)}, gpus=0),
             *("A100-80GB-1g.12gb", 11640, 8.0, "nvidia.com/mig-1g.12gb", 1),
         ),
-        (gpus.shared("n", "Tesla-T4", 4), "T4-shared-4", 3727, 7.5, "nvidia.com/gpu", 1),
+        (gpus.shared("n", "Tesla-T4", 4, 1), "T4-shared-4", 3727, 7.5, "nvidia.com/gpu", 1),
     ],
 )
 def test_a_node_tells_its_class(
@@ -110,8 +110,10 @@ def test_a_gpu_without_labels_is_no_class() -> None:
     assert fleet(gpus.node("n", {}, {"nvidia.com/gpu": 1})).known is False
 
 
-def test_a_node_without_gpus_is_nothing() -> None:
-    assert node_facts(gpus.node("n", {"node.kubernetes.io/instance-type": "m5"}, {})) is None
+def test_a_node_without_gpus_is_no_class() -> None:
+    plain = gpus.node("n", {"node.kubernetes.io/instance-type": "m5"}, {})
+    assert not node_facts(plain).has_gpus
+    assert not fleet(plain).known
 
 
 def test_a_node_that_is_not_ready_or_cordoned_still_shows_its_class() -> None:
@@ -154,9 +156,7 @@ def test_a_gpu_that_the_trainer_cannot_use_is_not_offered() -> None:
     p100 = gpus.whole("n", "Tesla-P100-PCIE-16GB")
     assert names(p100, gpus.whole("m", "Tesla-T4")) == ["T4"]
     assert fleet(p100).known
-    facts = node_facts(p100)
-    assert facts
-    assert [gpu.name for gpu in survey([facts], [], minimum_capability=6.0).classes()] == ["P100"]
+    assert [gpu.name for gpu in survey([node_facts(p100)], [], minimum_capability=6.0).classes()] == ["P100"]
 
 
 # What a job may use
@@ -260,6 +260,15 @@ def test_labels_alone_do_not_make_a_device_plugin_where_there_is_a_claim() -> No
     found = fleet(labelled, gpus.resource_slice("n", H100_DEVICE))
     assert [gpu.device_class for gpu in found.classes()] == ["gpu.nvidia.com"]
     assert found.classes(ResourcesSpec.model_validate({"nodeSelector": {"pool": "small"}})) == ()
+
+
+def test_claimed_gpus_are_on_nodes_with_labels_and_taints_too() -> None:
+    there = (gpus.node("n", {}, {}, DEDICATED, pool="large"), gpus.resource_slice("n", H100_DEVICE))
+    tolerant = {"tolerations": [{"key": "dedicated", "operator": "Exists"}]}
+    assert names(*there) == []
+    assert names(*there, **tolerant) == ["H100"]
+    assert names(*there, **tolerant, nodeSelector={"pool": "large"}) == ["H100"]
+    assert names(*there, **tolerant, nodeSelector={"pool": "small"}) == []
 
 
 def test_a_class_on_nodes_of_both_kinds_is_two_classes() -> None:
