@@ -5,7 +5,6 @@ The only place that turns exceptions into exit codes and the RunReport.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import os
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast, get_args
 
-from qlora_trainer import logs
+from qlora_trainer import disk, logs
 from qlora_trainer.context import Context, Outcome
 from qlora_trainer.settings import Settings, arrange_environment
 from qlora_trainer.signals import Stopped, StopSignal
@@ -75,9 +74,8 @@ def diagnose(error: BaseException, step: Step) -> StepError:
     if _is_out_of_memory(error):
         message = f"{step} ran out of memory: {_first_line(error)}"
         return StepError(Reason.OUT_OF_MEMORY, message, code=ExitCode.OUT_OF_MEMORY)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = "the pod's disk is full: set resources.ephemeralStorage to more, or model.cacheClaim"
-        return StepError(Reason.STORAGE_UNAVAILABLE, message, field="resources.ephemeralStorage")
+    if full := disk.full(error, os.environ):
+        return full
     if isinstance(error, ConnectionError | TimeoutError) or _package(error) in NETWORK_LIBRARIES:
         # Not the text: requests and responses in it may carry an access key's id or a signed URL.
         message = f"{step} lost its connection ({type(error).__name__}); it is tried again"

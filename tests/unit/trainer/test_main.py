@@ -9,9 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qlora_trainer import logs
 from qlora_trainer.__main__ import diagnose
@@ -42,7 +45,8 @@ class EndpointConnectionError(Exception):
         (OutOfMemoryError("CUDA out of memory. Tried"), ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY),
         (MemoryError(), ExitCode.OUT_OF_MEMORY, Reason.OUT_OF_MEMORY),
-        (OSError(errno.ENOSPC, "No space left"), ExitCode.INVALID, Reason.STORAGE_UNAVAILABLE),
+        (OSError(errno.ENOSPC, "No space left"), ExitCode.TRANSIENT, Reason.DISK_FULL),
+        (OSError(errno.EDQUOT, "Quota exceeded"), ExitCode.TRANSIENT, Reason.DISK_FULL),
         (ConnectionResetError("reset"), ExitCode.TRANSIENT, Reason.STORAGE_UNAVAILABLE),
         (EndpointConnectionError("AKIA"), ExitCode.TRANSIENT, Reason.STORAGE_UNAVAILABLE),
         (ValueError("a bug"), ExitCode.TRANSIENT, Reason.INTERNAL_ERROR),
@@ -59,6 +63,44 @@ def test_a_network_library_s_words_stay_out_of_the_message() -> None:
 
 def test_a_full_disk_names_the_field() -> None:
     assert diagnose(OSError(errno.ENOSPC, "x"), "train").field == "resources.ephemeralStorage"
+
+
+def test_a_full_cache_volume_names_its_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_MOUNT_ROOT", str(tmp_path))
+    error = OSError(errno.ENOSPC, "x", str(tmp_path / "cache" / "models" / "weights"))
+    assert diagnose(error, "prepare").field == "model.cacheClaim"
+
+
+def _save_with_torch(path: str) -> None:
+    torch.save({"state": torch.zeros(1000)}, path)
+
+
+def _save_with_python(path: str) -> None:
+    with Path(path).open("wb") as file:
+        file.write(bytes(100_000))
+
+
+@pytest.mark.parametrize("save", [_save_with_torch, _save_with_python])
+def test_a_disk_that_is_full_is_told_whatever_a_library_makes_of_it(
+    save: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_WORK_DIR", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))  # as it is when a file was cut there
+    with pytest.raises((OSError, RuntimeError)) as failed:
+        save("/dev/full")
+    assert diagnose(failed.value, "train").reason is Reason.DISK_FULL
+
+
+def test_safetensors_words_for_a_full_disk_are_known() -> None:
+    said = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert diagnose(said, "train").reason is Reason.DISK_FULL
+
+
+def test_torch_s_writer_may_fail_on_a_disk_with_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_WORK_DIR", str(tmp_path))
+    with pytest.raises(RuntimeError) as failed:
+        _save_with_torch("/dev/full")
+    assert diagnose(failed.value, "train").reason is Reason.INTERNAL_ERROR
 
 
 def test_a_stop_is_raised_at_once() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.storage import LocalStorage, Storage, open_storage
+from qlora_trainer.storage import ABSENT, LocalStorage, Overtaken, Storage, open_storage
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.spec import OutputSpec
 from tests.unit.trainer.gateway import Gateway
@@ -76,7 +76,7 @@ def test_a_file_survives_the_way_up_and_down(storage: Storage, tmp_path: Path) -
 
 
 def test_a_download_that_fails_leaves_no_file(storage: Storage, tmp_path: Path) -> None:
-    with pytest.raises((FileNotFoundError, StepError)):
+    with pytest.raises(FileNotFoundError):
         storage.download("nothing", tmp_path / "new" / "down")
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(_credentials: None) -> Iterator[_Server]:
     server = _Server(("127.0.0.1", 0), _Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -218,3 +218,66 @@ def test_missing_credentials_are_named(server: _Server, monkeypatch: pytest.Monk
         Reason.CREDENTIALS_MISSING,
         "output.credentialsSecretRef",
     )
+
+
+# Conditions
+
+
+def _tag(storage: Storage, key: str) -> str:
+    return next(item.tag for item in storage.list() if item.key == key)
+
+
+def test_what_must_not_be_there_is_not_written_over(storage: Storage) -> None:
+    storage.write("a", b"first", over=ABSENT)
+    with pytest.raises(Overtaken):
+        storage.write("a", b"second", over=ABSENT)
+    assert storage.read("a") == b"first"
+
+
+def test_only_the_version_that_was_looked_at_is_written_over(storage: Storage) -> None:
+    looked_at = storage.write("a", b"one")
+    storage.write("a", b"another's")
+    with pytest.raises(Overtaken):
+        storage.write("a", b"two", over=looked_at)
+    storage.write("a", b"three", over=_tag(storage, "a"))
+    assert storage.read("a") == b"three"
+
+
+def test_what_is_gone_is_not_written_over(storage: Storage) -> None:
+    looked_at = storage.write("a", b"one")
+    storage.delete(["a"])
+    with pytest.raises(Overtaken):
+        storage.write("a", b"two", over=looked_at)
+
+
+@pytest.mark.parametrize("size", [10, 12 << 20], ids=["small", "in parts"])
+def test_conditions_hold_for_files_too(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr("qlora_trainer.s3.upload.PART_BYTES", 5 << 20)
+    (tmp_path / "file").write_bytes(b"x" * size)
+    tag = storage.upload(tmp_path / "file", "a", over=ABSENT)
+    assert tag == _tag(storage, "a")
+    with pytest.raises(Overtaken):
+        storage.upload(tmp_path / "file", "a", over=ABSENT)
+    storage.upload(tmp_path / "file", "a", over=tag)
+    assert storage.abort_uploads() == 0
+
+
+def test_a_writer_s_own_tag_is_the_one_that_is_listed(storage: Storage) -> None:
+    assert storage.write("a", b"content") == _tag(storage, "a")
+
+
+def test_what_a_killed_copy_left_is_dropped(tmp_path: Path) -> None:
+    local = LocalStorage(tmp_path / "root", "file:///root")
+    local.write("keep", b"x")
+    local.write("a/.b.123.partial", b"half")
+    assert local.abort_uploads() == 1
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["keep"]
+
+
+def test_a_server_without_conditions_is_written_to_all_the_same(server: _Server) -> None:
+    server.status, server.code = 501, "NotImplemented"
+    with pytest.raises(StepError):
+        _s3(f"http://127.0.0.1:{server.server_port}").write("key", b"x", over=ABSENT)
+    assert server.requests == 2  # the second without the condition; this server refuses that, too

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
+import botocore.loaders
 import botocore.session
 from botocore.config import Config
 from botocore.credentials import CredentialProvider, Credentials, ReadOnlyCredentials
@@ -24,6 +25,9 @@ ATTEMPTS = 4
 """Of one request, within about a second: for a connection that broke. `patience` waits out what takes longer."""
 CONNECTIONS = 16
 """Enough for a checkpoint that is uploaded in parts while something else is downloaded."""
+
+_LOADER = botocore.loaders.create_loader()
+"""Parses S3's description once: that is most of what a client costs."""
 
 ACCESS_KEY, SECRET_KEY, TOKEN = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
 
@@ -54,6 +58,7 @@ def open_client(output: OutputSpec) -> S3Client:
 def _session() -> botocore.session.Session:
     """botocore's chain of credentials, with the mounted Secret first."""
     session = botocore.session.get_session()
+    session.register_component("data_loader", _LOADER)
     root = Path(os.environ.get(names.ENV_MOUNT_ROOT, names.MOUNT_ROOT))
     folder = root / Path(names.CREDENTIALS_DIR).relative_to(names.MOUNT_ROOT)
     session.get_component("credential_provider").insert_before("env", _MountedProvider(folder))

@@ -113,10 +113,14 @@ class Blame:
         return self.output.endpoint or "AWS S3"
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
 def _skew(headers: Any) -> str:
     """How far the clocks are apart, by the server's Date."""
     try:
-        seconds = abs((datetime.now(UTC) - parsedate_to_datetime(headers["date"])).total_seconds())
+        seconds = abs((_now() - parsedate_to_datetime(headers["date"])).total_seconds())
     except (KeyError, TypeError, ValueError):
         return "too far"
     return f"{seconds / 60:.0f} minutes"
