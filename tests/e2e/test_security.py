@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import tiny_manifest
+from tests.support import gpus
 from tests.support.live import Cluster, Namespace, eventually
+from tests.support.nodes import Simulation
 from tests.support.prometheus import query
 
 SERVICE_ACCOUNT = "system:serviceaccount:qlora-system:qlora-operator"
@@ -58,11 +60,18 @@ def test_the_operator_runs_as_a_pod_under_its_own_service_account(cluster: Clust
 def test_the_operator_uses_every_verb_it_has(
     cluster: Cluster, namespace: Namespace, rules: list[dict[str, Any]], tiny_inputs: Path
 ) -> None:
-    """Held against the API server's audit log, after a job that waits (its events are read) and is then replaced."""
+    """Held against the API server's audit log, after a job that waits (its events are read) and is then replaced, and
+    one that claims a GPU."""
     namespace.apply(tiny_manifest(namespace, "waiting", {"dataset": {"uri": "configmap://no-such-map/rows.jsonl"}}))
     namespace.wait("waiting", "Stalled")
     namespace.apply(tiny_manifest(namespace, "waiting", {"dataset": {"uri": "configmap://another-map/rows.jsonl"}}))
     granted = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+    device = gpus.device("gpu-0", "NVIDIA Imagined 16GB", 16384, "8.0")
+    with Simulation(cluster) as simulated:
+        simulated.add(gpus.resource_slice("no-such-node", device))
+        namespace.apply(tiny_manifest(namespace, "claims", {"resources": {"gpuClass": "Imagined-16GB"}}))
+        namespace.wait_for("claims", "{.status.phase}=Queued")
+        namespace.kubectl("delete", "qlj", "claims")
     eventually(lambda: granted <= audited_verbs(cluster), 60, f"every one of {granted} was used")
 
 
