@@ -52,6 +52,7 @@ def run(context: Context) -> None:
     from qlora_trainer.hardware import DTYPES
     from qlora_trainer.merging import plan_merge
     from qlora_trainer.model_source import open_model
+    from qlora_trainer.report import report_files
     from qlora_trainer.tokenizer import load_tokenizer, trusts_remote_code
 
     logs.tame_libraries()
@@ -62,6 +63,8 @@ def run(context: Context) -> None:
     merge = plan_merge(base, adapter, dtype, trust_remote_code=trusts_remote_code(settings))
     report["merge"] = {"dtype": spec.merge.dtype, "layers": len(merge.layers), "bytes": merge.bytes}
 
+    manifest = _retracted(manifest)
+    store.publish(manifest)  # or a merge that dies on the way would leave a manifest that lists what isn't there
     folder, tokenizer = _clean(settings.folder(MERGED)), load_tokenizer(base, settings)
     asks = bool(report.get("prompts")) and _can_load(merge.bytes, report)
     files = _write_weights(merge, folder, store, keep=asks)
@@ -72,7 +75,7 @@ def run(context: Context) -> None:
 
     if asks:
         _answer(context, report, folder, tokenizer)
-    files += (store.write_file(REPORT, json.dumps(report, ensure_ascii=False, indent=1).encode()),)
+    files += tuple(store.write_file(name, content) for name, content in report_files(report).items())
     manifest = _with_merged(manifest, files, store)
     store.publish(manifest)
     outcome.artifacts = manifest.artifacts
@@ -151,10 +154,15 @@ def _answer(context: Context, report: dict[str, Any], folder: Path, tokenizer: A
         entry["merged"] = answer
 
 
+def _retracted(manifest: ArtifactManifest) -> ArtifactManifest:
+    """The manifest without the files that a merge writes, and so may replace."""
+    files = tuple(file for file in manifest.files if file.path.startswith(f"{ADAPTER}/"))
+    artifacts = manifest.artifacts.model_copy(update={"merged": None})
+    return manifest.model_copy(update={"files": files, "artifacts": artifacts})
+
+
 def _with_merged(manifest: ArtifactManifest, new: tuple[ManifestFile, ...], store: RunStore) -> ArtifactManifest:
-    """The manifest with the merged model's files and the new report in place of any older ones."""
-    kept = tuple(file for file in manifest.files if file.path != REPORT and not file.path.startswith(f"{MERGED}/"))
-    files = kept + new
+    files = manifest.files + new
     artifacts = manifest.artifacts.model_copy(
         update={"merged": store.artifact(files, MERGED), "report": store.artifact(files, REPORT)}
     )

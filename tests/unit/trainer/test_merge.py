@@ -13,6 +13,8 @@ import pytest
 
 from qlora_trainer import checkpoint_files, merge, storage
 from qlora_trainer.settings import usable_memory
+from qlora_trainer.signals import Stopped
+from qlorajob.errors import Reason
 from qlorajob.manifest import ArtifactManifest
 from qlorajob.status import Prepared
 from tests.unit.trainer.jobs import Job
@@ -62,8 +64,8 @@ def merged(trained: tuple[Job, Prepared], monkeypatch: pytest.MonkeyPatch) -> It
     """The trained job, as if it had never been merged before. Shards are small."""
     job, prepared = trained
     monkeypatch.setattr(checkpoint_files.plan_shards, "__defaults__", (SMALL_SHARD,))
-    spec, manifest = deepcopy(job.spec), job.output / prepared.run_id / "manifest.json"
-    before = {path: path.read_bytes() for path in (manifest, manifest.with_name("report.json"))}
+    spec, folder = deepcopy(job.spec), job.output / prepared.run_id
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     yield Merged(job, prepared)
     job.spec = spec
     for path, content in before.items():
@@ -139,14 +141,34 @@ def test_a_model_that_is_not_asked_takes_the_disk_of_one_file(merged: Merged, mo
     monkeypatch.setattr(merge, "usable_memory", lambda: 1_000_000_000)
     upload, on_disk = storage.LocalStorage.upload, []
 
-    def watched(self: storage.LocalStorage, path: Path, key: str) -> None:
+    def watched(self: storage.LocalStorage, path: Path, *args: Any, **options: Any) -> str:
         on_disk.append(len(merged.scratch()))
-        upload(self, path, key)
+        return upload(self, path, *args, **options)
 
     monkeypatch.setattr(storage.LocalStorage, "upload", watched)
     merged.run()
     assert max(on_disk) == 1
     assert not merged.scratch()
+
+
+@pytest.mark.parametrize("uploads", [0, 1, 5])
+def test_a_merge_that_dies_leaves_a_finished_run_and_can_be_done_again(
+    merged: Merged, monkeypatch: pytest.MonkeyPatch, uploads: int
+) -> None:
+    merged.run()  # there are files of an earlier merge, which the next one replaces
+    upload, left = storage.LocalStorage.upload, iter(range(uploads))
+
+    def dying(self: storage.LocalStorage, path: Path, *args: Any, **options: Any) -> str:
+        if next(left, None) is None:
+            raise Stopped
+        return upload(self, path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.LocalStorage, "upload", dying)
+        with pytest.raises(Stopped):
+            merged.run(dtype="float32")
+    assert merged.job.train(merged.prepared).reason is Reason.ALREADY_TRAINED
+    assert merged.run(dtype="float32").manifest.artifacts.merged is not None
 
 
 @pytest.mark.parametrize(
