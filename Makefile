@@ -47,12 +47,18 @@ demo: cluster-up
 endif
 
 .PHONY: test
-test: cluster-up ## Run every test a CPU machine can run, on the real local cluster too
+test: cluster-up browser ## Run every test a CPU machine can run, on the real local cluster too
 	$(PYTHON) -m pytest
 
 .PHONY: test-unit
-test-unit: setup ## Run the tests that need no cluster
+test-unit: setup browser ## Run the tests that need no cluster
 	$(PYTHON) -m pytest tests/unit tests/golden
+
+.PHONY: browser
+browser: ## Install Chromium, which tests look at the report with; needs root on Debian
+	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	  { apt-get -y -o DPkg::Lock::Timeout=600 update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get -y -o DPkg::Lock::Timeout=600 install --no-install-recommends chromium; }
 
 .PHONY: verify
 verify: setup cluster-tools ## Check format, lint, types, import contracts, generated files, chart and metrics

@@ -13,7 +13,7 @@ from qlorajob.status import Artifacts, MemoryStatus, Progress
 
 MANIFEST = "manifest.json"
 LATEST = "latest.json"
-REPORT = "report.json"
+REPORT, REPORT_PAGE = "report.json", "report.html"
 ADAPTER, CHECKPOINTS, MERGED, GGUF = "adapter", "checkpoints", "merged", "gguf"
 
 

@@ -85,7 +85,13 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             first = self._telemetry.progress.first_loss
             self._telemetry.advance(loss=logs["loss"], first_loss=logs["loss"] if first is None else first)
             self._journal.curve.append(
-                {"step": state.global_step, "loss": logs["loss"], "learningRate": logs.get("learning_rate")}
+                {
+                    "step": state.global_step,
+                    "loss": logs["loss"],
+                    "learningRate": logs.get("learning_rate"),
+                    "gradNorm": logs.get("grad_norm"),
+                    "tokensPerSecond": self._telemetry.progress.tokens_per_second,
+                }
             )
         logger.info("step %d of %d", state.global_step, state.max_steps, extra=_loggable(logs))
 

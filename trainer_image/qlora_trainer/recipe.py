@@ -6,7 +6,6 @@ last, that nothing is left to do.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ from qlora_trainer.journal import Journal
 from qlora_trainer.metrics import Telemetry
 from qlora_trainer.model_source import open_model
 from qlora_trainer.publication import Publication
-from qlora_trainer.report import build_report, provenance
+from qlora_trainer.report import build_report, provenance, report_files
 from qlora_trainer.tokenizer import load_tokenizer
 from qlora_trainer.uploads import CheckpointUploads
 from qlorajob.errors import ExitCode, Reason, StepError
@@ -93,7 +92,7 @@ def train_adapter(
 
     adapter = context.settings.folder(ADAPTER)
     save_adapter(trainer.model, ready.tokenizer, adapter, spec, context.settings.prepared.model_revision)
-    results = Publication(store, context.settings.folder("published"))
+    results = Publication(store)
     files = results.tree(adapter, ADAPTER)
     clock.lap("upload")
 
@@ -110,7 +109,7 @@ def train_adapter(
         promoted=promoted,
         seconds=clock.laps,
     )
-    files += (results.content(REPORT, json.dumps(report, ensure_ascii=False, indent=1).encode()),)
+    files += tuple(results.content(name, content) for name, content in report_files(report).items())
     manifest = ArtifactManifest(
         run_id=store.run_id,
         created_at=datetime.now(UTC),

@@ -1,18 +1,22 @@
-"""report.json and the provenance: what was done, with what, and what came out."""
+"""report.json, its page and the provenance: what was done, with what, and what came out."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from qlora_trainer.data import TrainingData
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.journal import Journal
+from qlora_trainer.report_page import render
 from qlora_trainer.settings import Settings
 from qlora_trainer.training import warmup_steps
-from qlorajob.manifest import Provenance
+from qlorajob.manifest import REPORT, REPORT_PAGE, Provenance
 from qlorajob.plan import Plan
 from qlorajob.status import MemoryStatus, Progress
 
@@ -64,6 +68,8 @@ def build_report(
     prompts = zip(spec.evaluation.prompts, journal.base_answers, tuned_answers, strict=True)
     return {
         "runId": settings.prepared.run_id,
+        "job": f"{settings.config.namespace}/{settings.config.name}".lstrip("/"),
+        "createdAt": datetime.now(UTC).isoformat(timespec="seconds"),
         "promoted": promoted,
         "loss": {
             "first": progress.first_loss,
@@ -85,12 +91,13 @@ def build_report(
             "trainRows": len(data.train.documents),
             "validationRows": len(data.validation.documents) if data.validation else 0,
             "droppedRows": data.dropped_rows,
-            "truncatedRows": data.truncated_rows,
+            **data.summary.to_wire(),
             "trainTokens": data.train.tokens,
             "sequences": len(data.train.sequences),
             "packed": spec.training.packing,
             "filled": _filled(data, spec.training.max_sequence_length) if spec.training.packing else None,
         },
+        "plan": {"gpuClass": plan.gpu_class, "gpus": plan.gpus, "reason": plan.reason},
         "training": {
             "steps": progress.step,
             "epochs": progress.epoch,
@@ -110,9 +117,21 @@ def build_report(
             "tokensPerSecond": _rate(journal.train_tokens, journal.train_seconds),
             "stepSeconds": _rate(journal.train_seconds, progress.step),
         },
-        "memory": memory.to_wire(),
+        "memory": {
+            **memory.to_wire(),
+            "breakdown": dict(plan.breakdown),
+            "gpuMemoryBytes": plan.gpu_memory_mib << 20 or None,
+        },
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "provenance": provenance(settings).to_wire(),
+    }
+
+
+def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """The report as the files that go into storage: for programs, and for people."""
+    return {
+        REPORT: json.dumps(report, ensure_ascii=False, indent=1).encode(),
+        REPORT_PAGE: render(report).encode(),
     }
 
 
