@@ -28,10 +28,8 @@ GPU_RESOURCE: Final = "nvidia.com/gpu"
 """The extended resource of whole GPUs, and of the slices of nodes whose MIG strategy is `single`."""
 MIG_RESOURCE_PREFIX: Final = "nvidia.com/mig-"
 """Extended resources of slices where the MIG strategy is `mixed`."""
-RESERVED_BYTES: Final = 700 * MIB
-"""CUDA context, cuBLAS workspaces and the driver's own: not ours to plan with."""
 USABLE_SHARE: Final = 0.97
-"""The rest is lost to fragmentation in the caching allocator."""
+"""The rest is a margin: for a prediction that is a little low, and for a driver that keeps a little more."""
 BF16_CAPABILITY: Final = 8.0
 MIG_PROFILE: Final = re.compile(r"(?P<compute>\d+)g\.(?P<gigabytes>\d+)gb")
 
@@ -76,8 +74,8 @@ class GpuClass(ContractModel):
 
 
 def usable_bytes(gpu: GpuClass) -> int:
-    """What a plan may fill."""
-    return int((gpu.memory_mib * MIB - RESERVED_BYTES) * USABLE_SHARE)
+    """What a predicted peak may reach, the CUDA context and everything else that the driver counts included."""
+    return int(gpu.memory_mib * MIB * USABLE_SHARE)
 
 
 def by_size(classes: Sequence[GpuClass]) -> tuple[GpuClass, ...]:
