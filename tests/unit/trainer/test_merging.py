@@ -14,12 +14,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3TextConfig,
+    Glm4Config,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from qlora_trainer.checkpoint_files import index_of, plan_shards, write_shard
@@ -45,6 +51,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama, tied": lambda: LlamaConfig(**GROUPED, tie_word_embeddings=True),
     "llama, deeper": lambda: LlamaConfig(**GROUPED | {"num_hidden_layers": 3}),
     "qwen2": lambda: Qwen2Config(**GROUPED),
+    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=8),
+    "mistral": lambda: MistralConfig(**GROUPED),
+    "gemma3": lambda: Gemma3TextConfig(**GROUPED, head_dim=8),
+    "glm4": lambda: Glm4Config(**GROUPED, head_dim=8),
+    "falcon": lambda: FalconConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+    ),
+    "gptj": lambda: GPTJConfig(
+        vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, initializer_range=0.2
+    ),
     "phi3": lambda: Phi3Config(**GROUPED),
     "gpt_neox": lambda: GPTNeoXConfig(**SMALL),
     "gpt2": lambda: GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
