@@ -1,0 +1,152 @@
+"""How a run can be cut to a class of GPU: micro batch, checkpointing, offloading. And which cut is fastest there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from qlora_vram.calibration import Calibration
+from qlora_vram.gpus import GpuClass, usable_bytes
+from qlora_vram.memory import peak
+from qlora_vram.throughput import tokens_per_second
+from qlora_vram.workload import Shape, Strategy, Workload, workload
+from qlorajob.plan import ModelFacts
+from qlorajob.spec import QLoRAJobSpec
+
+TRAINER_STRATEGIES: Final[tuple[Strategy, ...]] = ("single",)
+"""What the trainer can do today. With ddp or fsdp here, plans with several GPUs follow."""
+MAX_AUTO_ROWS: Final = 64
+"""More rows at once hardly train faster."""
+AS_FAST: Final = 0.98
+"""Speeds that differ by less are equal, as far as predictions go: the cut with the most room is taken."""
+
+
+def several_gpus() -> bool:
+    """The trainer can spread a run over GPUs."""
+    return any(strategy != "single" for strategy in TRAINER_STRATEGIES)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """GPUs that a run could have."""
+
+    gpu: GpuClass
+    gpus: int = 1
+    strategy: Strategy = "single"
+
+    @property
+    def order(self) -> tuple[bool, float, int, int, str]:
+        """One GPU before several; then the cheapest; of equally cheap ones the smallest."""
+        return (self.gpus > 1, self.gpu.cost * self.gpus, self.gpu.memory_mib * self.gpus, self.gpus, self.gpu.name)
+
+
+def options(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> tuple[Option, ...]:
+    """What `spec` allows of these classes, in the order in which they are tried."""
+    wanted = spec.resources.gpus
+    found = []
+    for gpu in classes:
+        if spec.resources.gpu_class not in ("auto", gpu.name):
+            continue
+        found += [Option(gpu)] if wanted in ("auto", 1) else []
+        numbers = range(2, gpu.gpus_per_node + 1) if wanted == "auto" else [wanted]
+        found += [
+            Option(gpu, number, strategy)
+            for number in numbers
+            for strategy in TRAINER_STRATEGIES
+            if 1 < number <= gpu.gpus_per_node and strategy != "single"
+        ]
+    return tuple(sorted(found, key=lambda option: option.order))
+
+
+@dataclass(frozen=True, slots=True)
+class Cutter:
+    """Cuts one job to one option."""
+
+    spec: QLoRAJobSpec
+    facts: ModelFacts
+    option: Option
+    calibration: Calibration | None = None
+
+    @property
+    def usable(self) -> int:
+        """Bytes of each GPU that a plan may fill."""
+        return usable_bytes(self.option.gpu)
+
+    def smallest(self) -> Workload | None:
+        """The cut that takes the least memory; None where the global batch can't be divided over the GPUs."""
+        rows = min(self.rows(), default=None)
+        if rows is None:
+            return None
+        return self._cut(rows, max(self.checkpointed()), offload=self.may_offload)
+
+    def fits(self, cut: Workload) -> bool:
+        """The predicted peak leaves the margin free."""
+        return self.predicted(cut) <= self.usable
+
+    def predicted(self, cut: Workload) -> int:
+        """The peak of a cut, in bytes."""
+        return peak(cut, self.calibration).total
+
+    def fastest(self) -> Workload | None:
+        """The cut with the best predicted speed of those that fit. Checkpoints leave the GPU only if they must."""
+        cuts = list(self._fitting(offload=False)) or list(self._fitting(offload=True))
+        speeds = [(tokens_per_second(cut, self.option.gpu), cut) for cut in cuts]
+        if not speeds:
+            return None
+        enough = AS_FAST * max(speed for speed, _ in speeds)
+        return min((cut for speed, cut in speeds if speed >= enough), key=self.predicted)
+
+    def _fitting(self, *, offload: bool) -> Iterator[Workload]:
+        """For each micro batch the cut with the fewest checkpointed layers."""
+        for rows in self.rows() if self.may_offload or not offload else ():
+            least = self._fewest_checkpointed(rows, offload=offload)
+            if least is not None:
+                yield least
+
+    def _fewest_checkpointed(self, rows: int, *, offload: bool) -> Workload | None:
+        """By bisection: each checkpointed layer takes less memory than one that keeps its activations."""
+        allowed = self.checkpointed()
+        low, high = 0, len(allowed) - 1
+        if not self.fits(self._cut(rows, allowed[high], offload=offload)):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if self.fits(self._cut(rows, allowed[middle], offload=offload)):
+                high = middle
+            else:
+                low = middle + 1
+        return self._cut(rows, allowed[high], offload=offload)
+
+    def rows(self) -> list[int]:
+        """Micro batches that divide what one GPU sees of the global batch."""
+        each, left = divmod(self.spec.training.global_batch_size, self.option.gpus)
+        asked = self.spec.training.micro_batch_size
+        if left or (isinstance(asked, int) and each % asked):
+            return []
+        return [asked] if isinstance(asked, int) else [n for n in range(1, MAX_AUTO_ROWS + 1) if each % n == 0]
+
+    def checkpointed(self) -> range:
+        """Numbers of checkpointed layers that are allowed, ascending."""
+        asked, layers = self.spec.training.gradient_checkpointing, self.facts.layers
+        if isinstance(asked, bool):
+            return range(layers, layers + 1) if asked else range(1)
+        return range(layers + 1)
+
+    @property
+    def may_offload(self) -> bool:
+        """Checkpoints may wait in host memory, if there are any."""
+        return self.spec.training.gradient_checkpointing is not False and self.facts.layers > 0
+
+    def _cut(self, rows: int, checkpointed: int, *, offload: bool) -> Workload:
+        return self.cut(Shape(rows, checkpointed, offload and checkpointed > 0))
+
+    def cut(self, shape: Shape) -> Workload:
+        """The run in this shape, on the option's GPUs, at the global batch that the spec asks for."""
+        shape = replace(shape, gpus=self.option.gpus, strategy=self.option.strategy)
+        accumulation = self.spec.training.global_batch_size // (shape.rows * shape.gpus)
+        return workload(self.spec, self.facts, self.option.gpu, shape, accumulation)
+
+    def recut(self, cut: Workload, **changes: int) -> Workload:
+        """A cut with another shape, at the same global batch."""
+        return self.cut(replace(cut.shape, **changes))  # type: ignore[arg-type]

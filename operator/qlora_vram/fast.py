@@ -1,0 +1,108 @@
+"""Memory of a step on the trainer's fast path (`qlora_trainer.fast`), whose layers say themselves what they keep.
+
+A layer keeps (`fast.layer.Kept`) its input, the rotated q, k and v, attention's result with a float32 for each head,
+the residual stream between attention and feed-forward part, gate and up, and the products of LoRA's A. Norms,
+activation and dropout masks are computed again. Nothing is as long as a row times a row. All weights are dequantized
+into one buffer, which stays. Unsloth's layers keep the same tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from qlora_vram.activations import FLASH_WORKSPACE, Moment
+from qlora_vram.layers import Layer, Role, by_role
+from qlora_vram.workload import Workload
+
+RANK_STEP: Final = 16
+"""Ranks are filled up to a multiple of this (`fast.low_rank`)."""
+LOGIT_BYTES: Final = 256 * 2**20
+"""Logits that exist at once (`fast.cross_entropy.CHUNK_BYTES`) …"""
+LOGIT_ROWS: Final = 64
+"""… in a multiple of so many tokens."""
+GROUPS: Final[tuple[Role, ...]] = ("qkv", "out", "up", "down")
+"""Linear layers with one input run as one."""
+
+
+@dataclass(frozen=True)
+class FastStep:
+    """Implements `activations.Step`. Sizes of tensors are in bytes, for a whole micro batch."""
+
+    workload: Workload
+
+    @cached_property
+    def _layer(self) -> Layer:
+        return self.workload.layer
+
+    def _size(self, numbers: float) -> int:
+        """Bytes of so many numbers a token, in the compute type."""
+        return int(self.workload.tokens * numbers * self.workload.compute_bytes)
+
+    @cached_property
+    def _ranks(self) -> dict[Role, int]:
+        """Rank of each group's adapter, all its linears together."""
+        found = by_role(self.workload.targets, self.workload.facts)
+        filled = -(-self.workload.rank // RANK_STEP) * RANK_STEP
+        return {name: filled * len(found[name]) for name in GROUPS}
+
+    @property
+    def standing(self) -> dict[str, int]:
+        """The buffer of the largest group's weight; and the adapters in the compute type, filled up with zeros."""
+        size, layers = self.workload.compute_bytes, max(1, self.workload.facts.layers)
+        groups = by_role(self.workload.facts.linears, self.workload.facts)
+        buffer = copies = 0
+        for name in GROUPS:
+            inputs = max((linear.inputs for linear in groups[name]), default=0)
+            outputs = sum(linear.outputs * linear.count for linear in groups[name]) // layers
+            buffer = max(buffer, inputs * outputs)
+            copies += self._ranks[name] * (inputs + outputs) * layers
+        return {"dequantization": size * buffer, "adapter": size * copies}
+
+    @cached_property
+    def kept(self) -> int:
+        """`fast.layer.Kept`."""
+        layer = self._layer
+        attention = 2 * layer.queries + 2 * layer.keys
+        numbers = 2 * layer.hidden + attention + 2 * layer.inside + sum(self._ranks.values())
+        return self._size(numbers) + self._statistics
+
+    @cached_property
+    def _statistics(self) -> int:
+        """Attention's log-sums and both norms' scales."""
+        return 4 * (self._layer.heads + 2) * self.workload.tokens
+
+    @cached_property
+    def checkpoint(self) -> int:
+        """The layer's input."""
+        return self._size(self._layer.hidden)
+
+    @cached_property
+    def offloaded(self) -> int:
+        """The input, and attention's result, which takes longest to compute again."""
+        return self._size(self._layer.hidden + self._layer.queries)
+
+    @cached_property
+    def in_layer(self) -> tuple[Moment, ...]:
+        """Forward, then backward from the last product to attention."""
+        layer = self._layer
+        active = layer.inside * (2 if self.workload.dropout else 1)
+        attention = 2 * layer.hidden + 2 * layer.queries + 2 * layer.keys
+        workspace = FLASH_WORKSPACE * layer.queries * self.workload.tokens
+        grouped = 2 * layer.queries if layer.grouped else 0
+        # Where the last layer is checkpointed, its input is among the checkpoints.
+        own = self.kept if self.workload.kept_layers else self.kept - self.checkpoint
+        return (
+            Moment(own + self._size(active + layer.hidden)),  # forward: activation and result
+            Moment(own + self._size(layer.inside + layer.hidden)),  # backward through the activation
+            Moment(own + self._size((3 + self.workload.dropout) * layer.hidden)),  # through the first products
+            Moment(own + self._size(attention + grouped) + workspace),  # through attention
+        )
+
+    @cached_property
+    def in_loss(self) -> tuple[Moment, ...]:
+        """Result of the last layer and its norm, over which the gradient is written; and some tokens' logits."""
+        row = max(1, self.workload.facts.vocabulary) * self.workload.compute_bytes
+        rows = max(LOGIT_ROWS, LOGIT_BYTES // row // LOGIT_ROWS * LOGIT_ROWS)
+        return (Moment(2 * self._size(self._layer.hidden), loss=row * min(rows, self.workload.tokens)),)

@@ -1,0 +1,191 @@
+"""The memory model: a run's peak on each GPU as a sum of named components, and what it takes of host, disk and network.
+
+Tensors follow from the model's and the run's shapes (docs/vram.md has the source of each term); what they don't tell,
+the CUDA context and the allocator's slack, is `calibration`. A step is modelled as phases. The peak is that of the
+largest, so that what never exists at the same time is never added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from qlora_vram.activations import Moment, Step
+from qlora_vram.calibration import Calibration, shipped
+from qlora_vram.fast import FastStep
+from qlora_vram.gpus import GIB
+from qlora_vram.plain import PlainStep
+from qlora_vram.workload import Workload
+
+Phase = Literal["loss", "backward", "optimizer"]
+
+BLOCK: Final = 64
+"""Weights that share a quantization constant (bitsandbytes' default block size)."""
+NESTED_BLOCK: Final = 256
+"""Constants that share a second one, with double quantization."""
+SMALL_STATES: Final = 4096
+"""bitsandbytes holds the optimizer states of smaller tensors in 32 bit (`min_8bit_size`)."""
+STATE_BLOCK: Final = 256
+"""8-bit states that share a float32 constant."""
+GRADIENT: Final = 4
+ADAPTER: Final = 4
+"""The trainer keeps the adapter, and so its gradients, in float32."""
+PROCESS_BYTES: Final = 4 * GIB
+"""Host memory of a training process: Python, torch, CUDA, and the data."""
+FILE_CACHE_BYTES: Final = 12 * GIB
+"""Weight files that are read through memory count as the container's; beyond this the kernel drops them."""
+DISK_BYTES: Final = 6 * GIB
+"""Local checkpoints, logs, caches of compiled kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """A predicted peak. `components` are what exists at that moment, in bytes, the largest groups first by kind."""
+
+    components: Mapping[str, int]
+    phase: Phase
+    """When the peak is: while the loss is computed, in the last layer's backward pass, or in the optimizer's step."""
+
+    @property
+    def total(self) -> int:
+        """The peak as the driver counts it, in bytes."""
+        return sum(self.components.values())
+
+
+def peak(workload: Workload, calibration: Calibration | None = None) -> Breakdown:
+    """The peak of GPU memory on each GPU of a run. Never less with more rows, tokens, rank or parameters."""
+    calibration = calibration or shipped()
+    static = _static(workload)
+    phases = {name: _with_slack(components, calibration) for name, components in _phases(workload)}
+    # The first of equals: phases come in the order in which they happen.
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    components = static | {"context": calibration.context_bytes}
+    for name, size in phases[phase].items():
+        components[name] = components.get(name, 0) + size
+    return Breakdown({name: size for name, size in components.items() if size}, phase)
+
+
+def step_of(workload: Workload) -> Step:
+    """How the trainer goes through the layers."""
+    return FastStep(workload) if workload.engine == "fast" else PlainStep(workload)
+
+
+def _static(workload: Workload) -> dict[str, int]:
+    """What lives as long as the run does."""
+    facts, gpus = workload.facts, workload.shape.gpus
+    share = gpus if workload.shape.strategy == "fsdp" else 1
+    quantized = facts.quantized_parameters
+    wide = workload.compute_bytes * (facts.parameters - quantized)
+    standing = step_of(workload).standing
+    adapter = workload.adapter_parameters
+    components = {
+        "quantizedWeights": int(quantized * bits_a_weight(workload.double_quantization) / 8) // share,
+        "weights16Bit": wide // share,
+        "adapter": ADAPTER * adapter // share + standing.pop("adapter", 0),
+        "gradients": GRADIENT * adapter // share,
+        "optimizer": optimizer_bytes(workload) // share,
+        **standing,
+    }
+    if workload.shape.strategy == "ddp":
+        components["communication"] = GRADIENT * adapter  # buckets
+    if workload.shape.strategy == "fsdp":
+        components["communication"] = 2 * _largest_unit(workload)  # one in use, one on its way
+    return components
+
+
+def _phases(workload: Workload) -> Iterator[tuple[Phase, dict[str, int]]]:
+    """What comes and goes, by phase of a step."""
+    step, shape = step_of(workload), workload.shape
+    checkpointed = workload.facts.layers - workload.kept_layers
+    # Of offloaded checkpoints, one is in use and the next on its way.
+    checkpoints = step.offloaded * min(2, checkpointed) if shape.offload else step.checkpoint * checkpointed
+    loss = max(step.in_loss, key=lambda moment: moment.total)
+    yield "loss", _components(loss, checkpoints, step.kept * workload.kept_layers)
+    layer = max(step.in_layer, key=lambda moment: moment.total)
+    yield "backward", _components(layer, checkpoints, step.kept * max(0, workload.kept_layers - 1))
+    yield "optimizer", {"optimizer": _optimizer_workspace(workload)}
+
+
+def _components(moment: Moment, checkpoints: int, kept: int) -> dict[str, int]:
+    return {
+        "checkpoints": checkpoints,
+        "activations": kept,
+        "layer": moment.working,
+        "loss": moment.loss,
+        "dequantization": moment.dequantization,
+    }
+
+
+def _with_slack(components: Mapping[str, int], calibration: Calibration) -> dict[str, int]:
+    return {**components, "slack": int(calibration.slack_share * sum(components.values()))}
+
+
+def bits_a_weight(double_quantization: bool) -> float:
+    """Bits of a 4-bit weight and its share of the constants: 4.127, or 4.5 without double quantization."""
+    return 4 + 8 / BLOCK + 32 / (BLOCK * NESTED_BLOCK) if double_quantization else 4 + 32 / BLOCK
+
+
+def optimizer_bytes(workload: Workload) -> int:
+    """States of the adapter's parameters. Paged ones are on the GPU as long as there is room, so they count."""
+    name = workload.optimizer
+    tensors = [(workload.rank, target.inputs, target.count) for target in workload.targets]
+    tensors += [(target.outputs, workload.rank, target.count) for target in workload.targets]
+    if name == "adafactor":
+        return sum(4 * (rows + columns) * count for rows, columns, count in tensors)
+    if name == "sgd":
+        return 0
+    eight_bit = name.endswith("8bit")
+    return sum(
+        count * (_eight_bit_states(rows * columns) if eight_bit else 8 * rows * columns)
+        for rows, columns, count in tensors
+    )
+
+
+def _eight_bit_states(numbers: int) -> int:
+    """Two Adam states of one tensor."""
+    return 8 * numbers if numbers < SMALL_STATES else 2 * (numbers + 4 * -(-numbers // STATE_BLOCK))
+
+
+def _optimizer_workspace(workload: Workload) -> int:
+    """torch's own optimizers compute on all parameters at once, and Adafactor in a tensor of each one's size."""
+    if workload.optimizer == "adamw_torch":
+        return ADAPTER * workload.adapter_parameters
+    if workload.optimizer == "adafactor":
+        widest = max((max(target.inputs, target.outputs) for target in workload.targets), default=0)
+        return 2 * ADAPTER * workload.rank * widest
+    return 0
+
+
+def _largest_unit(workload: Workload) -> int:
+    """What FSDP gathers at once: a layer, or the embeddings, or the head."""
+    facts = workload.facts
+    layers = max(1, facts.layers)
+    layer = int(facts.quantized_parameters * bits_a_weight(workload.double_quantization) / 8)
+    layer += workload.compute_bytes * facts.expert_parameters + ADAPTER * workload.adapter_parameters
+    return max(layer // layers, workload.compute_bytes * max(facts.embedding_parameters, facts.head_parameters))
+
+
+# Beside the GPU
+
+
+def host_bytes(workload: Workload) -> int:
+    """Host memory of the training container, offloaded checkpoints and paged optimizer states included."""
+    files = min(workload.facts.weight_bytes, FILE_CACHE_BYTES)
+    paged = optimizer_bytes(workload) if workload.optimizer.startswith("paged") else 0
+    parked = 0
+    if workload.shape.offload:
+        parked = step_of(workload).offloaded * (workload.facts.layers - workload.kept_layers)
+    gathered = 3 * ADAPTER * workload.adapter_parameters  # a checkpoint is put together in memory
+    return workload.shape.gpus * (PROCESS_BYTES + parked + paged) + files + gathered
+
+
+def disk_bytes(workload: Workload, *, downloads: bool) -> int:
+    """Local disk of the training container; `downloads` unless a shared volume holds the weights."""
+    kept = 4 * ADAPTER * workload.adapter_parameters  # adapter and checkpoint, with optimizer states, while they upload
+    return DISK_BYTES + kept + (5 * download_bytes(workload) // 4 if downloads else 0)
+
+
+def download_bytes(workload: Workload) -> int:
+    """What a machine without the weights fetches: the weight files, in 16 bit where their size isn't known."""
+    return workload.facts.weight_bytes or 2 * workload.facts.parameters

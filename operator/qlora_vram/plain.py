@@ -1,0 +1,223 @@
+"""Memory of a step through transformers' and PEFT's own modules, one operation at a time.
+
+Follows what autograd saves there (transformers 5.17, PEFT 0.21, bitsandbytes 0.50, TRL 1.15, on CUDA):
+- A frozen 4-bit product saves nothing (`MatMul4Bit` keeps the packed weight alone), nor does a product with a bias.
+- LoRA's A saves its input in the type it computes in: shared between layers that read the same tensor, but a copy each
+  where dropout comes first (with a mask of a byte) or where autocast rounds it.
+- RMSNorm computes in float32 and saves that copy; LayerNorm runs in float32 under autocast, and from then on the whole
+  residual stream is float32, and with it what the layers' products return.
+- SDPA saves q, k, v, its result and a float32 for each head. With a mask it takes the memory-efficient kernel, which
+  repeats grouped keys and values, and keeps the mask in 16 bit in each layer.
+- SwiGLU saves gate, activation and up; a plain GELU its input.
+tests/unit/vram/test_memory.py runs these modules and counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from qlora_vram.activations import FLASH_WORKSPACE, Moment, adapted_per_layer
+from qlora_vram.layers import Layer, Role, by_role
+from qlora_vram.workload import Workload
+from qlorajob.plan import LinearLayers
+
+LOSS_TOKENS: Final = 4096
+"""TRL's `TOKEN_CHUNK_SIZE`: tokens whose logits exist at once …"""
+LOSS_COLUMNS: Final = 32768
+"""… and its `_CHUNKED_LOGPROB_CHUNK_SIZE`: how many of each, whatever the vocabulary is."""
+GELU_COPIES: Final = {"gpt2": 4, "gptj": 4, "phi": 4, "codegen": 4}
+"""Families with the tanh approximation written out in Python, whose parts autograd saves one by one."""
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    """Implements `activations.Step`. Sizes of tensors are in bytes, for a whole micro batch."""
+
+    workload: Workload
+
+    @cached_property
+    def _layer(self) -> Layer:
+        return self.workload.layer
+
+    @cached_property
+    def _narrow(self) -> int:
+        """Bytes of a number that LoRA and attention compute in."""
+        return 2 if self.workload.autocast else 4
+
+    @cached_property
+    def _wide(self) -> int:
+        """Bytes of a number in the residual stream, and in the results of products that read a norm."""
+        return 4 if self._layer.layer_norm and self.workload.autocast else self.workload.compute_bytes
+
+    @cached_property
+    def _attending(self) -> int:
+        """Bytes of a number in attention."""
+        return 2 if self.workload.autocast else self.workload.compute_bytes
+
+    def _size(self, per_token: float) -> int:
+        return int(self.workload.tokens * per_token)
+
+    # What is kept
+
+    @property
+    def standing(self) -> dict[str, int]:
+        """None: every weight is dequantized into a buffer of its own."""
+        return {}
+
+    @cached_property
+    def kept(self) -> int:
+        """What autograd saves in one layer."""
+        return self._size(self._kept_before_mlp + self._kept_in_mlp) + self._mask + self._rounded_adapter
+
+    @cached_property
+    def checkpoint(self) -> int:
+        """The layer's input."""
+        return self._size(self._wide * self._layer.hidden)
+
+    @property
+    def offloaded(self) -> int:
+        """The same."""
+        return self.checkpoint
+
+    @cached_property
+    def _kept_before_mlp(self) -> float:
+        layer, adapted = self._layer, adapted_per_layer(self.workload)
+        norms = max(1, layer.norms // 2) * 4 * layer.hidden
+        if layer.head_norms:
+            norms += 4 * (layer.queries + layer.keys)
+        inputs = self._inputs(layer.hidden, adapted["qkv"], self._wide)
+        # Without a copy of its own, LoRA's A after attention saves attention's result. That is there already, unless it
+        # had to be laid out anew: FlashAttention gives it the layout of the queries.
+        after = self._inputs(layer.queries, adapted["out"], self._attending)
+        if self._shares(self._attending) and (self.workload.masked or not layer.joined_heads):
+            after = 0.0
+        low = self._narrow * self.workload.rank * (adapted["qkv"] + adapted["out"])
+        return norms + inputs + self._kept_by_attention + after + low
+
+    @cached_property
+    def _kept_by_attention(self) -> float:
+        layer, size = self._layer, self._attending
+        keys = layer.queries if self.workload.masked else layer.keys
+        values = keys
+        if layer.fused_qkv and self._wide == size and not (self.workload.masked and layer.grouped):
+            values = layer.queries + 2 * layer.keys  # a slice keeps the whole product
+        return size * (2 * layer.queries + keys + values) + 4 * layer.heads
+
+    @cached_property
+    def _kept_in_mlp(self) -> float:
+        layer, adapted, wide = self._layer, adapted_per_layer(self.workload), self._wide
+        copies = 3 if layer.gated else GELU_COPIES.get(self.workload.facts.model_type, 1)
+        low = self._narrow * self.workload.rank * (adapted["up"] + adapted["down"])
+        return self._kept_at_up + copies * wide * layer.inside + self._kept_before_down + low
+
+    @cached_property
+    def _kept_at_up(self) -> float:
+        """The second norm, and its result."""
+        layer = self._layer
+        second = layer.norms - max(1, layer.norms // 2)
+        norms = 0 if layer.shared_input and layer.layer_norm else second * 4 * layer.hidden
+        return norms + self._inputs(layer.hidden, adapted_per_layer(self.workload)["up"], self._wide)
+
+    @cached_property
+    def _kept_before_down(self) -> float:
+        return self._inputs(self._layer.inside, adapted_per_layer(self.workload)["down"], self._wide)
+
+    def _shares(self, size: int) -> bool:
+        """LoRA's A saves the very tensor that it is given, of `size` bytes a number."""
+        return not self.workload.dropout and size == self._narrow
+
+    def _inputs(self, width: int, adapters: float, size: int) -> float:
+        """Bytes a token that `adapters` layers with one input of `size` bytes a number save of it."""
+        if self._shares(size):
+            return self._narrow * width * min(1.0, adapters)
+        return (self._narrow + self.workload.dropout) * width * adapters
+
+    @cached_property
+    def _mask(self) -> int:
+        """The mask as attention takes it: a number for each pair of tokens of a row."""
+        if not self.workload.masked:
+            return 0
+        return self._attending * self.workload.tokens**2 // self.workload.shape.rows
+
+    @cached_property
+    def _rounded_adapter(self) -> int:
+        """Copies that autocast makes of one layer's adapter, which backward reads again."""
+        if not self.workload.autocast:
+            return 0
+        return self._narrow * self.workload.adapter_parameters // max(1, self.workload.facts.layers)
+
+    # Moments
+
+    @cached_property
+    def in_layer(self) -> tuple[Moment, ...]:
+        """Recomputation, then backward from the last product to attention."""
+        layer, wide = self._layer, self._wide
+        stream, inside = wide * layer.hidden, wide * layer.inside
+        down, up = self._dequantized("down"), self._dequantized("up")
+        kept = self._kept_before_mlp + self._kept_in_mlp
+        before_down = kept - self._kept_before_down + stream
+        rounded = inside if self.workload.dropout and wide != self._narrow else 0
+        factors = (2 if layer.gated else 1) * inside
+        product = self._widest_up * wide
+        at_up = self._kept_before_mlp + self._kept_at_up + factors + stream
+        return (
+            # Recomputed up to the last product: its result, the residual stream and its gradient beside it.
+            self._moment(before_down + inside + 2 * stream, down),
+            self._moment(kept + (0 if self._keeps_product else inside) + rounded + 4 * stream),
+            # Backward through it: the gradients from the adapter and from the weight, then their sum, then those of
+            # both factors.
+            self._moment(before_down + 2 * inside, down),
+            self._moment(before_down + 3 * inside),
+            # Backward through the first products.
+            self._moment(at_up + 2 * stream, up),
+            self._moment(at_up + 2 * product),
+            # RMSNorm's steps in float32, then attention.
+            self._moment(self._kept_before_mlp + (1 + 5) * 4 * layer.hidden + 2 * stream),
+            self._moment(self._kept_before_mlp + self._attention_gradients + stream),
+        )
+
+    @cached_property
+    def _keeps_product(self) -> bool:
+        """LoRA's A before the last product saves the very tensor."""
+        return self._shares(self._wide) and adapted_per_layer(self.workload)["down"] > 0
+
+    @cached_property
+    def _widest_up(self) -> int:
+        """Outputs of the widest product into the feed-forward part."""
+        return max((linear.outputs for linear in self._linears["up"]), default=0)
+
+    @cached_property
+    def _attention_gradients(self) -> float:
+        layer, size = self._layer, self._attending
+        grouped = 2 * size * layer.queries if layer.grouped else 0  # of keys and values before they are added up
+        workspace = FLASH_WORKSPACE * layer.queries
+        return size * (2 * layer.queries + 2 * layer.keys) + grouped + workspace
+
+    @cached_property
+    def in_loss(self) -> tuple[Moment, ...]:
+        """TRL's fused head, forward and backward, and the last norm."""
+        hidden, tokens, size = self._layer.hidden, self.workload.tokens, self.workload.compute_bytes
+        tile = min(tokens, LOSS_TOKENS) * LOSS_COLUMNS * (2 if self.workload.autocast else size)
+        norm, selected = self._size(4 * hidden), self._size(self._wide * hidden)
+        copies = self._rounded_adapter * self.workload.shape.checkpointed_layers  # autocast drops them after forward
+        return (
+            Moment(working=norm + 2 * selected + copies, loss=tile),
+            Moment(working=norm + 2 * selected + self._size(4 * hidden), loss=tile),  # TRL adds up in float32
+            Moment(working=norm + 2 * selected + self._size(3 * 4 * hidden)),  # backward through the last norm
+        )
+
+    def _moment(self, per_token: float, dequantization: int = 0) -> Moment:
+        working = self._size(per_token) + self._mask + self._rounded_adapter
+        return Moment(working=working, dequantization=dequantization)
+
+    def _dequantized(self, name: Role) -> int:
+        """bitsandbytes' buffer for a weight, and the float32 block constants behind double quantization."""
+        numbers = max((linear.inputs * linear.outputs for linear in self._linears[name]), default=0)
+        constants = 4 * -(-numbers // 64) if self.workload.double_quantization else 0
+        return self.workload.compute_bytes * numbers + constants
+
+    @cached_property
+    def _linears(self) -> dict[Role, tuple[LinearLayers, ...]]:
+        return by_role(self.workload.facts.linears, self.workload.facts)
