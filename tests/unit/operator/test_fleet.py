@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_operator.dra_gpus import slice_facts
 from qlora_operator.fleet import Fleet, survey
@@ -282,18 +284,41 @@ def test_other_drivers_devices_are_none_of_ours() -> None:
     assert slice_facts(raw) is None
 
 
-# The table
+# Any mixture
+
+SAMPLES = (
+    *POOLS,
+    gpus.whole("d", "NVIDIA-H100-80GB-HBM3", 8),
+    gpus.mig_mixed("e", A100, {"1g.10gb": (9728, 3), "3g.40gb": (40192, 1)}, gpus=1),
+    gpus.mig_single("f", A100, "1g.10gb", 9728, 7),
+    gpus.shared("g", "Tesla-T4", 2, 1),
+    gpus.node("h", gpus.labels("Tesla-T4", replicas=2) | gpus.compute("Tesla-T4"), {"nvidia.com/gpu.shared": 2}),
+    gpus.node("i", gpus.labels("NVIDIA-L99-Ultra", memory=65536), {"nvidia.com/gpu": 2}),
+    gpus.resource_slice("j", H100_DEVICE, gpus.device("mig-0", "NVIDIA A100-SXM4-80GB", 9728, "8.0", "1g.10gb")),
+    gpus.resource_slice("a", gpus.device("gpu-0", "Tesla T4", 15360, "7.5")),
+)
+VALUES = st.lists(
+    st.sampled_from((GpuClass(name="H100", memory_mib=80000), GpuClass(name="pool", memory_mib=24000))),
+    unique_by=lambda gpu: gpu.name,
+)
 
 
-def test_products_belong_to_one_class() -> None:
-    products = [product for gpu in KNOWN for product in gpu.products]
-    assert len(products) == len(set(products))
+@given(st.lists(st.sampled_from(SAMPLES), unique_by=lambda raw: (raw["kind"], raw["metadata"]["name"])), VALUES)
+def test_each_name_is_one_class_that_a_pod_can_ask_for(raw: list[Json], values: list[GpuClass]) -> None:
+    there = fleet(*raw, values=tuple(values))
+    found = there.classes()
+    assert len({gpu.name for gpu in found}) == len(found)
+    assert {gpu.name for gpu in values} <= {gpu.name for gpu in found} or not there.known
+    for gpu in found:
+        slot = there.slot(gpu.name, 1, ResourcesSpec.model_validate({"tolerations": [{"operator": "Exists"}]}))
+        assert slot
+        assert slot.gpu == gpu
+        assert slot.exact is there.known
 
 
-@pytest.mark.parametrize("gpu", KNOWN, ids=lambda gpu: gpu.name)
-def test_the_table_is_plausible(gpu: GpuClass) -> None:
-    """Between the slowest and the fastest that there is, so that a slipped digit shows."""
-    assert 4_000 < gpu.memory_mib < 300_000
-    assert 0.1 < gpu.memory_mib / gpu.bandwidth_gbs < 130  # MiB per GB/s: how long to read it all, in ms
-    assert gpu.tflops / gpu.bandwidth_gbs < 0.55
-    assert 0.03 < gpu.cost < 20
+@given(st.lists(st.sampled_from(SAMPLES), unique_by=lambda raw: (raw["kind"], raw["metadata"]["name"])))
+def test_the_order_of_nodes_says_nothing(raw: list[Json]) -> None:
+    def summary(objects: list[Json]) -> set[tuple[str, int, int]]:
+        return {(gpu.name, gpu.memory_mib, gpu.gpus_per_node) for gpu in classes(*objects)}
+
+    assert summary(raw) == summary(raw[::-1])
