@@ -176,6 +176,8 @@ class DataSummary(ContractModel):
     """Training rows that are cut at maxSequenceLength."""
     shared_rows: int = 0
     """Training rows that stand in the validation data too: they make its loss look better than it is."""
+    learnt_tokens: int = 0
+    """Tokens of one pass that count in the loss: without prompts, where only answers are learnt."""
     longest_row: int = 0
     """Tokens of the longest training row, before it is cut."""
     lengths: Mapping[str, int] = Field(default={})

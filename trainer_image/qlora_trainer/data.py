@@ -43,6 +43,8 @@ class Part:
     digests: Digests
     row_lengths: Numbers
     """Tokens of each row before it was cut."""
+    learnt: Numbers
+    """Tokens of each document that count in the loss."""
     rows: int
     """Rows that were read."""
     dropped: Counter[DropReason]
@@ -54,6 +56,7 @@ class Part:
             documents=self.documents.chosen(mask),
             digests=self.digests[mask],
             row_lengths=self.row_lengths[mask],
+            learnt=self.learnt[mask],
         )
 
     def without(self, mask: Mask, reason: DropReason) -> Part:
@@ -129,6 +132,7 @@ def _training_data(
         dropped={reason: dropped[reason] for reason in sorted(dropped)},
         truncated_rows=int((train.row_lengths > spec.training.max_sequence_length).sum()),
         shared_rows=int(shared.sum()),
+        learnt_tokens=int(train.learnt.sum()),
         longest_row=int(train.row_lengths.max()),
         lengths=histogram(train.row_lengths),
     )
@@ -153,7 +157,7 @@ def _encode(source: Source, columns: Sequence[str], encoder: Encoder, settings: 
     _require_filter_columns(spec.dataset.filter, columns)
     limit = spec.training.max_sequence_length
     writer = DocumentWriter(settings.folder("tokens"), spec.training.seed)
-    row_lengths, dropped, rows = array("q"), Counter[DropReason](), 0
+    row_lengths, learnt, dropped, rows = array("q"), array("q"), Counter[DropReason](), 0
     for batch in _batches(source, TOKENIZE_BATCH):
         rows += len(batch)
         wanted = [row for row in batch if _passes(row, spec.dataset.filter)]
@@ -164,13 +168,15 @@ def _encode(source: Source, columns: Sequence[str], encoder: Encoder, settings: 
                 continue
             ids, labels = encoded
             labels = [IGNORED, *labels[1:limit]]
-            if all(label == IGNORED for label in labels):
+            count = len(labels) - labels.count(IGNORED)
+            if not count:
                 dropped["cut" if len(ids) > limit else "empty"] += 1
                 continue
             writer.add(ids[:limit], labels)
             row_lengths.append(len(ids))
+            learnt.append(count)
     documents, digests = writer.finish()
-    part = Part(documents, digests, np.array(row_lengths, np.int64), rows, +dropped)
+    part = Part(documents, digests, np.array(row_lengths), np.array(learnt), rows, +dropped)
     return part.without(repeated(digests), "duplicate") if spec.dataset.deduplicate else part
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Characters that are read at once."""
 LONGEST_WORD = 16
 """No number, literal or escape that is cut off at the end of what was read makes an error further from it."""

@@ -36,7 +36,7 @@ PREPARED = Prepared(
     promoted=False,
 )  # fmt: skip
 DATA = DataSummary(
-    read_rows=HUGE, truncated_rows=HUGE, shared_rows=HUGE, longest_row=HUGE,
+    read_rows=HUGE, truncated_rows=HUGE, shared_rows=HUGE, learnt_tokens=HUGE, longest_row=HUGE,
     dropped=dict.fromkeys(("filter", "empty", "cut", "duplicate"), HUGE),
     lengths={str(16 << n): HUGE for n in range(17)},
 )  # fmt: skip

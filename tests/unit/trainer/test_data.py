@@ -162,6 +162,7 @@ def test_what_became_of_the_rows_is_counted(job: Job, tokenizer: Any, write_rows
     assert data.summary.dropped == {"cut": 1, "duplicate": 1, "empty": 1, "filter": 1}
     assert (data.summary.read_rows, len(data.train.documents), data.dropped_rows) == (6, 2, 4)
     assert data.summary.truncated_rows == 1
+    assert data.summary.learnt_tokens == sum(int((d.labels != IGNORED).sum()) for d in data.train.documents)
 
 
 def test_lengths_are_counted_before_rows_are_cut(job: Job, tokenizer: Any, write_rows: WriteRows) -> None:
