@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -100,6 +101,45 @@ def test_an_unknown_revision_is_named(job: Job, hub: Hub) -> None:
 def test_an_unknown_dataset_is_named(job: Job, hub: Hub) -> None:
     report = _prepare(job.change(dataset={"uri": "hf://org/nothing"}), hub.endpoint)
     assert (report.reason, report.field) == (Reason.DATASET_NOT_FOUND, "dataset.uri")
+
+
+def test_an_unknown_split_is_named(job: Job, hub: Hub) -> None:
+    report = _prepare(job.change(dataset={"uri": "hf://org/codes", "split": "dev"}), hub.endpoint)
+    assert (report.reason, report.field) == (Reason.DATASET_NOT_FOUND, "dataset.split")
+    assert "org/codes has no split dev" in report.message
+
+
+@pytest.fixture
+def subsets(hub: Hub, tmp_path: Path) -> None:
+    """A dataset in two subsets, as its card says."""
+    folder = tmp_path / "subsets"
+    folder.mkdir()
+    names = {"short": 3, "long": 30}
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in names)
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, count in names.items():
+        rows = [{"instruction": f"{name} {number}", "output": "x"} for number in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hub.repos["datasets/org/subsets"] = folder
+
+
+def test_a_dataset_in_subsets_needs_one_to_be_named(job: Job, hub: Hub, subsets: None) -> None:
+    report = _prepare(job.change(dataset={"uri": "hf://org/subsets"}), hub.endpoint)
+    assert (report.reason, report.field) == (Reason.DATASET_NOT_FOUND, "dataset.subset")
+    assert "'short', 'long'" in report.message
+
+
+def test_a_subset_may_be_named(job: Job, hub: Hub, subsets: None) -> None:
+    dataset = {"uri": "hf://org/subsets", "subset": "long", "validation": None}
+    report = _prepare(job.change(dataset=dataset), hub.endpoint)
+    assert report.prepared is not None, report.message
+    assert report.prepared.train_rows == 30
+
+
+def test_a_dataset_whose_download_breaks_off_is_tried_again(job: Job, hub: Hub) -> None:
+    hub.cut_off = {"codes.jsonl"}
+    report = _prepare(job.change(dataset={"uri": "hf://org/codes"}), hub.endpoint)
+    assert (report.exit_code, report.field) == (ExitCode.TRANSIENT, "dataset.uri"), report.message
 
 
 def test_an_unreachable_hub_is_tried_again(job: Job) -> None:
