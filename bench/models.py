@@ -15,6 +15,7 @@ import bitsandbytes
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers import AutoHfQuantizer
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
@@ -70,7 +71,7 @@ SHAPES = {
 
 
 def build(
-    shape: Shape,
+    shape: Any,
     *,
     double_quant: bool = True,
     dtype: torch.dtype = torch.bfloat16,
@@ -78,33 +79,44 @@ def build(
     max_length: int = 8192,
     quant_type: str = "nf4",
 ) -> Any:
-    """The model as `from_pretrained` with a BitsAndBytesConfig leaves it. Embeddings, norms and head have `dtype`."""
-    config = shape.config(max_length)
+    """The model as `from_pretrained` with a BitsAndBytesConfig would leave it. Embeddings, norms and head in `dtype`.
+
+    `shape` is a Shape, or transformers' config of any decoder whose layers are alike.
+    """
+    config = shape.config(max_length) if isinstance(shape, Shape) else shape
     config.use_cache = False
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
-    first = model.model.layers[0]
-    linears = {name: module for name, module in first.named_modules() if isinstance(module, nn.Linear)}
+    layers = decoder_layers(model)
+    linears = {name: module for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)}
     packed = {name: _quantized(module, quantization, dtype, device) for name, module in linears.items()}
-    for layer in model.model.layers:
+    for layer in layers:
         for name, module in linears.items():
             parent, _, last = name.rpartition(".")
             setattr(layer.get_submodule(parent), last, _linear(module, *packed[name], quantization, device))
     for module in model.modules():
         _materialise(module, dtype, device)
     with torch.device(device):  # its frequencies are computed, not loaded
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+        model.tie_weights()
+    for name, module in list(model.named_modules()):
+        if "rotary" in type(module).__name__.lower():
+            model.set_submodule(name, type(module)(config, device=device))
     model.config.quantization_config = quantization
     model.is_loaded_in_4bit = model.is_quantized = True
     model.quantization_method = quantization.quant_method
     model.hf_quantizer = AutoHfQuantizer.from_config(quantization)
     return model
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The model's decoder layers, in their order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _quantized(linear: nn.Linear, spec: BitsAndBytesConfig, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
@@ -151,3 +163,6 @@ def _materialise(module: nn.Module, dtype: torch.dtype, device: str) -> None:
             data = torch.empty(parameter.shape, dtype=dtype, device=device)
             data = data.fill_(1) if norm else data.normal_(std=0.02)
             setattr(module, name, nn.Parameter(data, requires_grad=False))
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_meta:
+            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from bench import inputs
+
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -76,10 +78,5 @@ def baseline(case: Case) -> Case:
 
 
 def corpus(case: Case, rows: int, vocabulary: int) -> list[dict[str, Any]]:
-    """Random rows as token ids and labels. The first token isn't learnt: nothing comes before it."""
-    draw = np.random.default_rng(1)
-    made = []
-    for length in case.lengths(rows):
-        ids = draw.integers(2, vocabulary, length, dtype=np.int32)
-        made.append({"input_ids": ids, "labels": np.concatenate([[-100], ids[1:]]).astype(np.int32)})
-    return made
+    """The case's rows, as random token ids and labels."""
+    return inputs.rows(case.lengths(rows), vocabulary)

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from bench.inputs import tokenizer, training_data
 from bench.models import SHAPES, build
 from bench.train.cases import Case, corpus
 from bench.train.clock import StepClock
 from qlora_trainer import training
-from qlora_trainer.data import Corpus, Document, TrainingData
+from qlora_trainer.data import TrainingData
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.model import add_adapter
-from qlora_trainer.packing import pack
 from qlorajob.plan import Plan, Requests
 from qlorajob.spec import QLoRAJobSpec
 
@@ -40,7 +39,7 @@ def _ours(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
         plan,
         hardware,
         model=model,
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         data=data,
         total_steps=steps,
         folder=Path(tempfile.mkdtemp()),
@@ -100,12 +99,8 @@ def _plan(case: Case) -> Plan:
 def _data(case: Case, steps: int) -> TrainingData:
     """Enough rows for all steps; packed where their lengths differ."""
     rows = case.rows * steps * (case.length // case.mean_length + 1 if case.mean_length else 1)
-    documents = [Document(**row) for row in corpus(case, rows, SHAPES[case.shape].vocabulary)]
-    if case.mean_length:
-        sequences = pack([len(document) for document in documents], case.length)
-    else:
-        sequences = [[number] for number in range(len(documents))]
-    return TrainingData(Corpus(documents, sequences), None, encoder=None, digest="", summary=None)  # type: ignore[arg-type]
+    made = corpus(case, rows, SHAPES[case.shape].vocabulary)
+    return training_data(made, capacity=case.length if case.mean_length else None)
 
 
 def _reference(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
@@ -131,7 +126,7 @@ def _unsloth(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
     unsloth.models.llama.AutoModelForCausalLM = Loader
     folder = tempfile.mkdtemp()
     SHAPES[case.shape].config(case.length).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     model, _ = FastLanguageModel.from_pretrained(
         folder, max_seq_length=case.length, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
     )
@@ -194,10 +189,3 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     mask = torch.tensor([[1] * row["length"] + [0] * (longest - row["length"]) for row in rows])
     return {"input_ids": padded("input_ids", 1), "labels": padded("labels", -100), "attention_mask": mask}
-
-
-def _tokenizer() -> Any:
-    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
-    )

@@ -6,10 +6,12 @@ Each case's result is a line of JSON, the last lines of the output. A case that 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gc
 import json
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 BEGAN = time.monotonic()
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--turn", type=Path, help="a file to lock between the imports and the first use of the GPU")
     options = parser.parse_args()
 
     if options.variant == "unsloth":
@@ -32,6 +35,9 @@ def main() -> None:
 
     import bench.train.variants  # noqa: F401 - so that the first case's time isn't that of imports
 
+    if options.turn:
+        turn = options.turn.open("w")
+        fcntl.flock(turn, fcntl.LOCK_EX)  # until this process ends
     imported = round(time.monotonic() - BEGAN, 1)
     for name in options.cases:
         try:
@@ -71,6 +77,7 @@ def measure(variant: str, name: str, steps: int, warmup: int, *, profile: bool) 
         "fastest_step": round(min(clock.seconds()), 5),
         "tokens_per_second": round(found["tokens"] / seconds, 1),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "driver_gib": round((total - free) / 2**30, 2),
         "loss": clock.losses[-1] if clock.losses else None,
         "bound_tokens_per_second": round(790e12 / (4 * SHAPES[case.shape].multiplied)),

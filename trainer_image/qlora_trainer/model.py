@@ -30,7 +30,6 @@ def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
         quantization_config=quantization_config(settings.spec.quantization, hardware),
         dtype=hardware.compute_dtype,  # else some models come as float32
         device_map={"": 0 if hardware.on_gpu else "cpu"},
-        attn_implementation=None if trusts_remote_code(settings) else "sdpa",
         trust_remote_code=trusts_remote_code(settings),
     )
     _keep_cpu_weights_trainable(model)

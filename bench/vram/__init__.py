@@ -1,0 +1,1 @@
+"""Peaks of GPU memory, measured and predicted."""
