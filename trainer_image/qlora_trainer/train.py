@@ -9,7 +9,7 @@ from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
 from qlora_trainer.metrics import Telemetry
-from qlora_trainer.publication import PublishedElsewhere
+from qlora_trainer.publication import CLAIM, PublishedElsewhere
 from qlorajob.errors import Reason, StepError
 from qlorajob.manifest import ArtifactManifest
 from qlorajob.status import Progress
@@ -31,6 +31,7 @@ def run(context: Context) -> None:
     # Also when it was there already: the first time may have ended just before this.
     store.point_latest(manifest)
     CheckpointStore(store, keep=0, warn=context.outcome.warn).delete_all()
+    store.storage.delete([CLAIM])
     _tell(context, manifest)
     if already:
         context.outcome.reason, context.outcome.message = Reason.ALREADY_TRAINED, f"run {run_id} is already trained"
