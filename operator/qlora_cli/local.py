@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from qlora_cli.display import ProgressDisplay, describe
 from qlora_cli.manifests import ManifestError, load_manifest
 from qlora_operator.config import OperatorConfig
-from qlora_operator.plan import DoesNotFit, plan
 from qlora_vram.gpus import CPU, GpuClass
+from qlora_vram.outcome import DoesNotFit
+from qlora_vram.planner import plan
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.identity import prepare_key
 from qlorajob.names import ENV_METRICS_PORT, ENV_REPORT_PATH, ENV_RUN_CONFIG, ENV_WORK_DIR

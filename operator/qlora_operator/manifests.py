@@ -7,8 +7,8 @@ from typing import Final
 from qlora_operator.config import OperatorConfig
 from qlora_operator.fleet import Slot
 from qlora_operator.placement import GpuRequest, Manifest, claim_spec
-from qlora_operator.plan import merge_requests
 from qlora_operator.pods import CONTAINER, pod_spec
+from qlora_vram.requests import merge_requests
 from qlorajob import names
 from qlorajob.errors import ExitCode
 from qlorajob.identity import digest, prepare_key

@@ -17,8 +17,9 @@ from qlora_operator.draft import Draft
 from qlora_operator.manifests import claim_template, merge_job, merge_key, prepare_job, train_job
 from qlora_operator.observed import JobView, PodView
 from qlora_operator.outcome import Outcome
-from qlora_operator.plan import DoesNotFit, plan
 from qlora_vram.gpus import CPU
+from qlora_vram.outcome import DoesNotFit
+from qlora_vram.planner import plan
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.identity import prepare_key
 from qlorajob.plan import ModelFacts, Plan

@@ -41,7 +41,7 @@ DISK_BYTES: Final = 6 * GIB
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """A predicted peak. `components` are what exists at that moment, in bytes, the largest groups first by kind."""
+    """A predicted peak. `components` are what exists at that moment, in bytes: what stays, what comes and goes."""
 
     components: Mapping[str, int]
     phase: Phase
@@ -60,9 +60,10 @@ def peak(workload: Workload, calibration: Calibration | None = None) -> Breakdow
     phases = {name: _with_slack(components, calibration) for name, components in _phases(workload)}
     # The first of equals: phases come in the order in which they happen.
     phase = max(phases, key=lambda name: sum(phases[name].values()))
-    components = static | {"context": calibration.context_bytes}
+    components = dict(static)
     for name, size in phases[phase].items():
         components[name] = components.get(name, 0) + size
+    components |= {"slack": components.pop("slack"), "context": calibration.context_bytes}
     return Breakdown({name: size for name, size in components.items() if size}, phase)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from qlora_cli.manifests import load_manifest
-from qlora_operator.plan import DoesNotFit, plan
 from qlora_trainer.corpus import Corpus
 from qlora_trainer.data import TrainingData
 from qlora_trainer.hardware import Hardware
@@ -20,6 +19,8 @@ from qlora_trainer.model import lora_config, quantization_config
 from qlora_trainer.training import _arguments
 from qlora_vram.facts import model_facts
 from qlora_vram.gpus import SHIPPED
+from qlora_vram.outcome import DoesNotFit
+from qlora_vram.planner import plan
 from qlorajob.plan import ModelFacts, Plan
 from qlorajob.spec import QLoRAJobSpec
 from qlorajob.status import DataSummary

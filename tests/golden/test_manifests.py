@@ -15,8 +15,8 @@ from ruamel.yaml import YAML
 from qlora_operator.config import OperatorConfig
 from qlora_operator.fleet import Fleet
 from qlora_operator.manifests import claim_template, merge_job, prepare_job, train_job
-from qlora_operator.plan import plan
 from qlora_vram.gpus import GpuClass
+from qlora_vram.planner import plan
 from qlorajob.identity import prepare_key
 from qlorajob.plan import Plan
 from qlorajob.resource import QLoRAJob, parse

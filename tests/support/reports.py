@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from qlora_vram.facts import model_facts
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.plan import ModelFacts
 from qlorajob.run import RunReport
 from qlorajob.status import Artifact, Artifacts, MemoryStatus, Prepared, Progress
 
-LLAMA_7B = ModelFacts(
-    model_type="llama",
-    parameters=6_738_415_616,
-    layers=32,
-    hidden_size=4096,
-    vocabulary=32000,
-    weight_bytes=13_476_831_232,
-)
-TINY = ModelFacts(
-    model_type="llama", parameters=134_515_008, layers=30, hidden_size=576, vocabulary=49152, weight_bytes=269_030_016
-)
+
+def _facts(weight_bytes: int, **config: int | bool) -> ModelFacts:
+    found = model_facts({"model_type": "llama", **config}, weight_bytes=weight_bytes)
+    assert found
+    return found
+
+
+LLAMA_7B = _facts(13_476_831_232)
+TINY = _facts(
+    269_030_016,
+    num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
+    vocab_size=49152, tie_word_embeddings=True,
+)  # fmt: skip
+"""SmolLM2-135M's."""
 
 
 def artifact(run_id: str, kind: str) -> Artifact:
