@@ -4,7 +4,26 @@ Each process is forked after the imports and before the first use of the GPU, so
 and starts in a moment. Results are lines of JSON.
 """
 
+# ruff: noqa: E402 - imports are what this is about
 from __future__ import annotations
+
+import os
+import subprocess
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # `torch.cuda.is_available` without CUDA
+
+import torch
+
+
+def _capability(*_: object) -> tuple[int, int]:
+    """The GPU's compute capability without CUDA."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    major, _, minor = subprocess.check_output(command, text=True).splitlines()[0].partition(".")
+    return int(major), int(minor)
+
+
+_asked_cuda = torch.cuda.get_device_capability
+torch.cuda.get_device_capability = _capability  # bitsandbytes asks when it is imported
 
 import json
 import multiprocessing
@@ -14,7 +33,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from bench.inputs import rows, tokenizer, training_data
@@ -26,6 +44,8 @@ from qlora_trainer.hardware import Hardware
 from qlora_trainer.model import add_adapter
 from qlorajob.plan import Plan, Requests
 
+torch.cuda.get_device_capability = _asked_cuda
+
 STEPS = 3
 """The first step makes the optimizer's states, the second meets them; and small micro batches become a CUDA graph."""
 LIMIT = 120.0
@@ -34,6 +54,8 @@ LIMIT = 120.0
 
 def main() -> None:
     """Measure the points of a file, or of this project's list."""
+    if torch.cuda.is_initialized():
+        raise RuntimeError("an import has used the GPU: processes forked from here couldn't")
     points = [Point.from_json(found) for found in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))]
     for point in points:
         print(json.dumps({"point": point.to_json(), **_in_a_process(point)}), flush=True)

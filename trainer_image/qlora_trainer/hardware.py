@@ -68,6 +68,8 @@ class Hardware:
 def _device(plan: Plan, degradations: list[str]) -> Literal["cuda", "cpu"]:
     if plan.gpus == 0:
         return "cpu"
+    # Memory that grows in place instead of in blocks of a size: less of it lies idle. Read when CUDA starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if torch.cuda.is_available():
         return "cuda"
     if os.environ.get(ENV_DEVICE) == "cpu":

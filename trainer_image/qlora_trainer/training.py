@@ -17,7 +17,7 @@ from qlora_trainer.data import TrainingData
 from qlora_trainer.evaluation import mean_loss
 from qlora_trainer.fast.checkpointing import checkpoint_layers
 from qlora_trainer.fast.decoder import FastDecoder, NotCoveredError
-from qlora_trainer.fast.optimizer import let_optimizers_run_ahead
+from qlora_trainer.fast.optimizer import gpu_memory, keep_small_states_resident, let_optimizers_run_ahead
 from qlora_trainer.fast.step import MicroStep
 from qlora_trainer.hardware import Hardware
 from qlorajob.plan import Plan
@@ -52,6 +52,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         # Gradients that are scaled, or checkpoints that leave the device, change from step to step.
         graphs = hardware.precision != "fp16" and not plan.offload_checkpoints
         self.fast = MicroStep(decoder, self.accelerator.backward, graphs=graphs)
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """The optimizer, which pages its states only where they are large."""
+        made = super().create_optimizer(*args, **options)
+        if not self.args.use_cpu:
+            let_optimizers_run_ahead()
+            keep_small_states_resident(self.optimizer, gpu_memory())
+        return made
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro batch."""
@@ -123,7 +131,6 @@ def make_trainer(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    let_optimizers_run_ahead()
     trainer.use_fast_path(plan, hardware)
     if trainer.fast is None:
         hardware.degrade(checkpoint_layers(model, plan))

@@ -26,6 +26,10 @@ class Layout:
     longest: int = 0
     """With documents: at least the longest one's length."""
 
+    def longest_of(self, tokens: int) -> int:
+        """Tokens of the longest document, or row, of so many tokens in all."""
+        return tokens // self.rows if self.ends is None else self.longest
+
 
 @dataclass(frozen=True, slots=True)
 class Attended:

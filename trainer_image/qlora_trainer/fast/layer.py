@@ -16,7 +16,7 @@ from qlora_trainer.fast.attention import Attended, Layout, attend, attend_backwa
 from qlora_trainer.fast.linears import Group, wide_mm
 from qlora_trainer.fast.low_rank import Dropout, add_product, dropped
 from qlora_trainer.fast.norm import rms_norm, rms_norm_backward
-from qlora_trainer.fast.offload import Garage
+from qlora_trainer.fast.offload import Garage, Parked
 from qlora_trainer.fast.rope import rotate
 from qlora_trainer.fast.swiglu import Update, swiglu, swiglu_backward
 
@@ -117,8 +117,9 @@ class Layer:
     def backward(
         self, grad: torch.Tensor, kept: Kept, batch: Batch, *, to_input: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Gradients of the input (None unless asked for) and of the parameters. Overwrites what was kept."""
+        """Gradients of the input (None unless asked for) and of the parameters. Overwrites and drops what was kept."""
         middle_grad, mlp = self._backward_mlp(grad, kept, batch)
+        del kept.gate_up, kept.middle  # the widest there are, and the attention's turn needs room
         input_grad, attention = self._backward_attention(middle_grad, kept, batch, to_input=to_input)
         return input_grad, [*attention, *mlp]
 
@@ -144,6 +145,7 @@ class Layer:
         for part_grad, part in zip(grads[:2], split[:2], strict=True):
             rotate(part_grad, batch.cos, batch.sin, part, back=True)
         split[2].copy_(grads[2])
+        del grads, into
         normed, rstd = rms_norm(kept.x, self.input_norm, self.eps)
         into, qkv_grads = self._backward_linear(self.qkv, kept.qkv, kept.low[0], normed, batch, 0, to_input=to_input)
         if to_input:
@@ -204,6 +206,37 @@ def _adapter_gradients(
     return group.gradients(wide_mm(low_grad.T, x), wide_mm(grad.T, low).mul_(group.scale))
 
 
+LONG = 8192
+"""Tokens of a document from which computing its attention again costs more than keeping the result in host memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """What a checkpointed layer keeps: its input; in host memory the attention's result too, for long documents."""
+
+    x: Any
+    """[T, H], or Parked."""
+    attended: tuple[Parked, tuple[Any, ...]] | None = None
+
+    @classmethod
+    def of(cls, kept: Kept, batch: Batch) -> _Checkpoint:
+        garage = batch.garage
+        if garage is None:
+            return cls(kept.x)
+        x = garage.store(kept.x)
+        if batch.layout.longest_of(len(kept.x)) < LONG:
+            return cls(x)
+        return cls(x, (garage.store(kept.attended.out), kept.attended.statistics))
+
+    def restore(self, layer: Layer, batch: Batch) -> Kept:
+        """The forward pass again."""
+        garage = batch.garage
+        if garage is None:
+            return layer.keep(self.x, batch)
+        attended = Attended(garage.take(self.attended[0]), self.attended[1]) if self.attended else None
+        return layer.keep(garage.take(self.x), batch, attended)
+
+
 class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Layer, batch: Batch, *parameters: Any) -> torch.Tensor:
@@ -211,28 +244,13 @@ class _Run(torch.autograd.Function):
         out = layer.finish(kept, batch)
         if any(ctx.needs_input_grad):
             ctx.layer, ctx.batch = layer, batch
-            ctx.kept = _checkpoint(kept, batch) if layer.checkpointed else kept
+            ctx.kept = _Checkpoint.of(kept, batch) if layer.checkpointed else kept
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         layer, batch = ctx.layer, ctx.batch
-        kept = ctx.kept if isinstance(ctx.kept, Kept) else layer.keep(*_restore(ctx.kept, batch))
+        kept = ctx.kept if isinstance(ctx.kept, Kept) else ctx.kept.restore(layer, batch)
         ctx.kept = None  # overwritten below, and a second backward pass must not find it
         to_input, parameters = layer.backward(grads[0], kept, batch, to_input=ctx.needs_input_grad[0])
         return to_input, None, None, *parameters
-
-
-def _checkpoint(kept: Kept, batch: Batch) -> tuple[Any, ...]:
-    """The input; and in host memory, which is large, the attention's result, whose cost grows with the length."""
-    if batch.garage is None:
-        return (kept.x,)
-    return batch.garage.store(kept.x), batch.garage.store(kept.attended.out), kept.attended.statistics
-
-
-def _restore(stored: tuple[Any, ...], batch: Batch) -> tuple[torch.Tensor, Batch, Attended | None]:
-    if batch.garage is None:
-        return stored[0], batch, None
-    x, out, statistics = stored
-    attended = Attended(batch.garage.take(out), statistics)
-    return batch.garage.take(x), batch, attended
