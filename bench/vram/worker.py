@@ -86,9 +86,6 @@ def _measure(point: Point, sender: Any) -> None:
 def measure(point: Point) -> dict[str, Any]:
     """Train a few steps the trainer's way, with random weights of the model's shape. Sizes are in bytes."""
     began = time.monotonic()
-    torch.cuda.init()
-    free, total = torch.cuda.mem_get_info()
-    context = total - free
     spec, facts = point.spec(STEPS), point.facts
     layers = min(point.checkpointed, facts.layers)
     plan = Plan(
@@ -103,7 +100,10 @@ def measure(point: Point) -> dict[str, Any]:
         requests=Requests(cpu="1", memory="1Gi", ephemeral_storage="1Gi"),
         reason="a measurement",
     )
-    hardware = Hardware.choose(spec, plan)
+    hardware = Hardware.choose(spec, plan)  # first of all: it says how CUDA's memory is managed
+    torch.cuda.init()
+    free, total = torch.cuda.mem_get_info()
+    context = total - free
     model = add_adapter(build(_config(point), double_quant=point.double_quant), spec.lora)
     loaded = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
