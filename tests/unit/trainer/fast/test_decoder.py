@@ -1,0 +1,187 @@
+"""The fast path on a CPU, in its plain pieces: gradients of transformers and PEFT, and what it doesn't cover."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from bench.models import Shape, build
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional
+
+from qlora_trainer.fast.attention import Layout
+from qlora_trainer.fast.decoder import FastDecoder, NotCoveredError
+from qlora_trainer.fast.low_rank import Dropout
+from qlora_trainer.fast.optimizer import keep_small_states_resident
+from qlorajob.plan import Plan, Requests
+
+SHAPES = {"llama": Shape("llama", 64, 128, 2, 4, 2, 320), "qwen2": Shape("qwen2", 64, 128, 2, 4, 2, 320)}
+POLICIES: dict[str, dict[str, Any]] = {
+    "none": {"checkpointing": "none"},
+    "partial": {"checkpointing": "partial", "checkpointed_layers": 1},
+    "full": {"checkpointing": "full"},
+    "offloaded": {"checkpointing": "full", "offload_checkpoints": True},
+}
+LENGTH = 24
+
+
+def _plan(policy: str = "none") -> Plan:
+    return Plan(
+        gpu_class="cpu", gpus=0, predicted_peak_bytes=1, micro_batch_size=1, gradient_accumulation=1,
+        requests=Requests(cpu="1", memory="1Gi", ephemeral_storage="1Gi"), reason="a test", **POLICIES[policy],
+    )  # fmt: skip
+
+
+def _model(family: str = "llama", dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+    torch.manual_seed(0)
+    base = build(SHAPES[family], device="cpu", dtype=dtype)
+    for parameter in base.parameters():
+        if parameter.is_floating_point() and parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    config = LoraConfig(**{"r": 5, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora})
+    model = get_peft_model(base, config).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 320, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def _gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _plain(model: Any, ids: torch.Tensor, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False, **inputs).logits[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def _fast(decoder: FastDecoder, ids: torch.Tensor, labels: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    return decoder.summed_loss(ids, labels, positions, layout or Layout(len(ids)))
+
+
+def _assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].norm()))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj", "gate_proj"]])
+@pytest.mark.parametrize("family", SHAPES)
+def test_loss_and_gradients_are_those_of_transformers_and_peft(
+    family: str, targets: Any, policy: str, ids: torch.Tensor
+) -> None:
+    model = _model(family, target_modules=targets)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    plain = _plain(model, ids, labels)
+    expected = _gradients(model, plain)
+    decoder = FastDecoder(model, _plan(policy))
+    for _ in range(2):
+        fast = _fast(decoder, ids, labels)
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=0)
+        _assert_close(_gradients(model, fast), expected)
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "offloaded"])
+def test_dropout_is_the_same_in_forward_and_backward(
+    policy: str, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's dropouts are given the fast path's masks: then even their gradients must agree."""
+    model = _model(lora_dropout=0.4)
+    decoder = FastDecoder(model, _plan(policy))
+    seed = torch.tensor([99])
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: seed)
+    sites = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+
+    class Mask(nn.Module):
+        def __init__(self, site: int) -> None:
+            super().__init__()
+            self.site = site
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = x.flatten(0, -2)
+            return (flat * Dropout(0.4, seed, self.site).mask(*flat.shape) / 0.6).view_as(x)
+
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_dropout"):
+            parts = name.split(".")
+            module.lora_dropout["default"] = Mask(4 * int(parts[parts.index("layers") + 1]) + sites[parts[-1]])
+    plain = _plain(model, ids, ids)
+    expected = _gradients(model, plain)
+    fast = _fast(decoder, ids, ids)
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=0)
+    _assert_close(_gradients(model, fast), expected)
+
+
+def test_packed_documents_are_trained_as_if_each_were_alone(ids: torch.Tensor) -> None:
+    model = _model()
+    row, labels = ids[:1], ids[:1].clone()
+    labels[0, 10] = -100  # the second document's first token: nothing comes before it
+    positions = torch.cat([torch.arange(10), torch.arange(LENGTH - 10)])[None]
+    layout = Layout(1, torch.tensor([0, 10, LENGTH, LENGTH], dtype=torch.int32), LENGTH)
+    packed = FastDecoder(model, _plan()).summed_loss(row, labels, positions, layout)
+    gradients = _gradients(model, packed)
+    alone = _plain(model, row[:, :10], labels[:, :10]) + _plain(model, row[:, 10:], labels[:, 10:])
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=0)
+    _assert_close(gradients, _gradients(model, alone))
+
+
+def test_no_document_sees_another(ids: torch.Tensor) -> None:
+    decoder = FastDecoder(_model(), _plan())
+    labels = ids[:1].clone()
+    labels[:, :11] = -100  # only the second document counts
+    layout = Layout(1, torch.tensor([0, 10, LENGTH], dtype=torch.int32), LENGTH - 10)
+    other = ids[:1].clone()
+    other[:, :10] = 7
+    assert torch.equal(_fast(decoder, ids[:1], labels, layout), _fast(decoder, other, labels, layout))
+    assert not torch.equal(_fast(decoder, ids[:1], labels), _fast(decoder, other, labels))
+
+
+def test_a_backward_pass_runs_once(ids: torch.Tensor) -> None:
+    loss = _fast(FastDecoder(_model(), _plan()), ids, ids)
+    loss.backward(retain_graph=True)
+    with pytest.raises((AttributeError, TypeError)):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: setattr(model.config, "model_type", "gpt_neox"), "isn't of the Llama shape"),
+        (lambda model: setattr(model.config, "hidden_act", "gelu"), "activation"),
+        (lambda model: setattr(model.config, "attention_dropout", 0.1), "attention has dropout"),
+        (lambda model: setattr(model.config, "layer_types", ["sliding_attention"]), "sliding window"),
+        (lambda model: setattr(model.model.rotary_emb, "rope_type", "dynamic"), "position embedding"),
+        (lambda model: model.lm_head.weight.requires_grad_(), "is trained too"),
+        (lambda model: setattr(model.model.layers[0].mlp, "up_proj", nn.Identity()), "Identity"),
+    ],
+)
+def test_a_model_that_is_not_covered_is_refused_with_the_reason(change: Any, reason: str) -> None:
+    model = _model()
+    change(model.get_base_model())
+    with pytest.raises(NotCoveredError, match=reason):
+        FastDecoder(model, _plan())
+
+
+def test_more_than_plain_lora_is_refused() -> None:
+    with pytest.raises(NotCoveredError, match="more than plain LoRA"):
+        FastDecoder(_model(use_dora=True), _plan())
+
+
+@pytest.mark.parametrize(("memory", "resident"), [(2**20, True), (2**10, False)])
+def test_an_optimizer_pages_only_states_that_are_large(memory: int, resident: bool) -> None:
+    optimizer = bitsandbytes.optim.AdamW([nn.Parameter(torch.zeros(64, 64))], optim_bits=32, is_paged=True)
+    assert keep_small_states_resident(optimizer, memory) is resident
+    assert optimizer.is_paged is not resident
