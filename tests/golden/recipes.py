@@ -18,7 +18,7 @@ from qlora_trainer.hardware import Hardware
 from qlora_trainer.model import lora_config, quantization_config
 from qlora_trainer.training import _arguments
 from qlora_vram.facts import model_facts
-from qlora_vram.gpus import SHIPPED
+from qlora_vram.gpus import SHIPPED, GpuClass
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import plan
 from qlorajob.plan import ModelFacts, Plan
@@ -50,6 +50,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """The part of each published config.json that decides about names and shapes."""
+_QWEN2_7B = CONFIGS["r2-qwen2-7b-instructions"]
+OTHERS: dict[str, dict[str, Any]] = {
+    "least": _QWEN2_7B,
+    "chat": _QWEN2_7B,
+    "gitops-retraining": _QWEN2_7B,
+    "gated-model": CONFIGS["r3-llama3-chatqa-8b-guanaco"],
+    "private-s3": {**CONFIGS["r3-llama3-chatqa-8b-guanaco"], "model_type": "mistral", "vocab_size": 32000},
+}
+"""Models of the small examples: Qwen2.5-7B, Llama-3.1-8B and Mistral-7B have these shapes."""
 
 BF16_GPU, FP16_GPU = "A100-80GB", "Quadro-RTX-8000"
 """A GPU with bfloat16, and a Turing one without it (as the recipes' T4 and RTX 2080 Ti)."""
@@ -83,20 +92,24 @@ def spec_of(recipe: str) -> QLoRAJobSpec:
 
 
 def facts_of(recipe: str) -> ModelFacts:
-    found = model_facts(CONFIGS[recipe])
+    found = model_facts((CONFIGS | OTHERS)[recipe])
     assert found is not None, f"the architecture of {recipe} isn't known"
     return found.model_copy(update={"weight_bytes": 2 * found.parameters})
 
 
-def planned_on(recipe: str, gpu: str) -> Plan | DoesNotFit:
-    return plan(spec_of(recipe), facts_of(recipe), [known for known in SHIPPED if known.name == gpu])
+def planned_on(recipe: str, *gpus: GpuClass) -> Plan | DoesNotFit:
+    return plan(spec_of(recipe), facts_of(recipe), gpus)
+
+
+def gpu_class(name: str) -> GpuClass:
+    return next(known for known in SHIPPED if known.name == name)
 
 
 @cache
 def build(recipe: str, gpu: str) -> Built:
     """Plan and set up a recipe on a GPU class."""
     spec = spec_of(recipe)
-    planned = planned_on(recipe, gpu)
+    planned = planned_on(recipe, gpu_class(gpu))
     assert isinstance(planned, Plan), planned
     with pytest.MonkeyPatch.context() as machine:  # this one has no GPU
         machine.setattr("torch.cuda.is_available", lambda: True)

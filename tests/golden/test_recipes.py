@@ -18,9 +18,20 @@ from qlora_trainer.hardware import Hardware
 from qlora_trainer.model import add_adapter, load_quantized
 from qlora_trainer.tokenizer import load_tokenizer
 from qlora_trainer.training import make_trainer
+from qlora_vram.gpus import SHIPPED
 from qlorajob.plan import Plan
 from qlorajob.spec import LoraSpec
-from tests.golden.recipes import BF16_GPU, CONFIGS, FP16_GPU, build, facts_of, planned_on, spec_of
+from tests.golden.recipes import (
+    BF16_GPU,
+    CONFIGS,
+    FP16_GPU,
+    OTHERS,
+    build,
+    facts_of,
+    gpu_class,
+    planned_on,
+    spec_of,
+)
 from tests.unit.trainer.jobs import Job
 
 Row = tuple[str, str, Any]
@@ -215,14 +226,22 @@ def test_the_adapter_has_as_many_weights_as_the_recipe_says(recipe: str, paramet
 @pytest.mark.parametrize(
     ("recipe", "gpu"),
     [
+        ("r0-gpt-neox-20b-quotes", "T4"),
         ("r1-llama-2-7b-contradictions", "T4"),
+        ("r2-qwen2-7b-instructions", "RTX-3060"),
         ("r2-qwen2-7b-instructions", "RTX-4090"),
         ("r3-llama3-chatqa-8b-guanaco", "T4"),
         ("r4-chatglm2-6b-knowledge-base", "RTX-2080-Ti"),
     ],
 )
 def test_a_recipe_fits_the_gpu_it_ran_on(recipe: str, gpu: str) -> None:
-    planned = planned_on(recipe, gpu)
+    planned = planned_on(recipe, gpu_class(gpu))
+    assert isinstance(planned, Plan), planned
+
+
+@pytest.mark.parametrize("example", [*CONFIGS, *OTHERS])
+def test_every_example_gets_a_plan(example: str) -> None:
+    planned = planned_on(example, *SHIPPED)
     assert isinstance(planned, Plan), planned
 
 
