@@ -20,6 +20,7 @@ from qlora_operator.config import OperatorConfig
 from qlora_vram.gpus import CPU, GpuClass
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import plan
+from qlora_vram.recognition import product_label, recognize
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.identity import prepare_key
 from qlorajob.names import ENV_METRICS_PORT, ENV_REPORT_PATH, ENV_RUN_CONFIG, ENV_WORK_DIR
@@ -113,7 +114,7 @@ def local_gpu() -> GpuClass | None:
     if answer.returncode != 0:
         return None
     name, memory, capability = (part.strip() for part in answer.stdout.strip().split(","))
-    return GpuClass(name=name.replace(" ", "-"), memory_mib=int(memory), compute_capability=float(capability))
+    return recognize(product_label(name), int(memory), float(capability))
 
 
 class LocalSteps:

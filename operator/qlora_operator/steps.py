@@ -106,6 +106,7 @@ def _start_train(draft: Draft) -> Outcome:
     started = RunStatus(id=run.id, attempt=run.attempt + 1, started_at=run.started_at or draft.now)
     draft.set(plan=planned, memory=memory, run=started)
     slot = draft.observed.fleet.slot(planned.gpu_class, planned.gpus, draft.job.spec.resources)
+    assert slot or not planned.gpus  # noqa: S101 (the plan was made from the same fleet)
     manifest = train_job(draft.job, prepared, planned, draft.next_number("train"), draft.config, slot)
     draft.create("train", manifest, claim_template(draft.job, slot))
     name = manifest["metadata"]["name"]

@@ -52,8 +52,8 @@ SLICES = (
         *(gpus.device(f"mig-{number}", "NVIDIA H200", 16384, "9.0", "1g.18gb") for number in range(4)),
     ),
 )
-LAST = gpus.whole("sim-last", "NVIDIA-GeForce-RTX-3060", 1, TAINT)
-"""The only GPU of its kind."""
+LAST = gpus.whole("sim-last", "NVIDIA-GeForce-RTX-3060", 1, {"key": "qlora.dev/last", "effect": "NoSchedule"})
+"""The only GPU of its kind, and not for the cases below."""
 CLAIMED_NODE = gpus.node("sim-claims", {}, {}, TAINT)
 CLASSES_OF_NODES = {
     "sim-t4": {"T4"},
@@ -80,6 +80,7 @@ class Case:
     gpu: str = "auto"
     pool: str = ""
     training: dict[str, Any] = field(default_factory=dict)
+    tolerations: tuple[Json, ...] = (gpus.TOLERATION,)
 
     @property
     def name(self) -> str:
@@ -138,7 +139,7 @@ def fleet(cluster: Cluster, simulation: Simulation) -> Fleet:
 
 
 def qlorajob(namespace: Namespace, case: Case) -> QLoRAJob:
-    resources = {"gpuClass": case.gpu, "tolerations": [gpus.TOLERATION]}
+    resources = {"gpuClass": case.gpu, "tolerations": list(case.tolerations)}
     spec = {
         "training": {"maxSequenceLength": case.length, "maxSteps": None, "globalBatchSize": 16} | case.training,
         "resources": resources | ({"nodeSelector": {"pool": case.pool}} if case.pool else {}),
@@ -207,7 +208,7 @@ def test_the_cases_reach_every_kind_of_gpu(placed: dict[str, tuple[Plan, str]]) 
 
 
 def test_a_pod_waits_for_its_class_though_larger_gpus_are_free(namespace: Namespace, fleet: Fleet) -> None:
-    case = Case("TinyLlama-1.1B", 512, gpu="RTX-3060")
+    case = Case("TinyLlama-1.1B", 512, gpu="RTX-3060", tolerations=({"operator": "Exists"},))
     first, second = (objects(namespace, fleet, replace(case, length=length))[1] for length in (128, 256))
     names = [made[0]["metadata"]["labels"]["qlora.dev/job"] for made in (first, second)]
     create(namespace, first)
