@@ -78,19 +78,23 @@ class CheckpointStore:
         return sorted((found for found, whole in self._found().items() if whole), reverse=True)
 
     def restore_newest(self, folder: Path) -> Path | None:
-        """Download the newest checkpoint that is whole, under the name transformers gives it; None without one."""
+        """Download the newest checkpoint that is whole, under the name transformers gives it; None without one.
+
+        The folder is emptied first: with `qlora run`, a process that was killed may have left something.
+        """
         broken: set[StoredCheckpoint] = set()
-        while candidates := [found for found in self.whole() if found not in broken]:
-            newest = candidates[0]
+        while True:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            newest = next((found for found in self.whole() if found not in broken), None)
+            if newest is None:
+                return None
             target = folder / f"checkpoint-{newest.step}"
-            shutil.rmtree(target, ignore_errors=True)
             reason = self._download(newest, target)
             if reason is None:
                 return target
             self._warn(f"checkpoint of step {newest.step} is skipped: {reason}")
-            shutil.rmtree(target, ignore_errors=True)
             broken.add(newest)
-        return None
 
     def sweep(self) -> None:
         """Drop what processes that were killed left half done."""

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from qlora_trainer.signals import StopSignal
+from qlora_trainer.storage import Storage, open_storage
 from qlorajob.errors import ExitCode, Reason, StepError
+from qlorajob.run import RunReport
 from qlorajob.status import Prepared
+from tests.support.faulty_s3 import FaultyS3
+from tests.unit.trainer.gateway import Gateway
 from tests.unit.trainer.jobs import Job
 
 STEPS, STOP_AFTER = 6, 3
+ROOT = Path(__file__).parents[3]
 
 
 class StopAfter(StopSignal):
@@ -27,6 +39,22 @@ class StopAfter(StopSignal):
         """Looked at once at the end of each step."""
         self._looks -= 1
         return self._looks <= 0
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        pass
+
+
+class CrashAfter(StopAfter):
+    """Has its process die at the end of a given step, before anything of it is saved."""
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        """See StopAfter."""
+        self._looks -= 1
+        if self._looks == 0:
+            raise RuntimeError("a crash")
+        return False
 
     @requested.setter
     def requested(self, value: bool) -> None:
@@ -107,13 +135,90 @@ def test_a_resumed_run_says_where_it_resumed(resumed: tuple[Job, Prepared]) -> N
     assert job.result(prepared, "report.json")["training"]["resumedAt"] == [STOP_AFTER]
 
 
+@pytest.mark.parametrize("step", [1, STEPS - 1])
+def test_wherever_it_is_stopped_the_adapter_is_the_same(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, instructions: Path, uninterrupted: bytes, step: int
+) -> None:
+    job = _job(tmp_path_factory, model_folder, instructions)
+    prepared = job.prepare()
+    with pytest.raises(StepError, match=f"stopped after step {step}"):
+        job.run("train", job.config(prepared), StopAfter(step))
+    job.train(prepared)
+    assert _weights(job, prepared) == uninterrupted
+
+
+def test_three_stops_in_one_run_repeat_no_step_and_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, instructions: Path, uninterrupted: bytes
+) -> None:
+    job = _job(tmp_path_factory, model_folder, instructions)
+    prepared = job.prepare()
+    for steps in (1, 1, 2):
+        with pytest.raises(StepError, match="stopped after step"):
+            job.run("train", job.config(prepared), StopAfter(steps))
+    done = job.train(prepared)
+    assert job.result(prepared, "report.json")["training"]["resumedAt"] == [1, 2, 4]
+    assert _weights(job, prepared) == uninterrupted
+    assert done.progress is not None
+    assert done.progress.step == STEPS
+
+
+def test_three_crashes_in_one_run_repeat_at_most_save_steps_and_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, instructions: Path, uninterrupted: bytes
+) -> None:
+    job = _job(tmp_path_factory, model_folder, instructions, saveSteps=2)
+    prepared = job.prepare()
+    for steps in (1, 3, 3):  # ends at steps 1, 3 and 5: nothing, 2 and 4 are saved
+        with pytest.raises(RuntimeError, match="a crash"):
+            job.run("train", job.config(prepared), CrashAfter(steps))
+    job.train(prepared)
+    assert job.result(prepared, "report.json")["training"]["resumedAt"] == [2, 4]
+    assert _weights(job, prepared) == uninterrupted
+
+
+def test_a_checkpoint_that_got_broken_costs_the_steps_since_the_one_before_and_is_told(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, instructions: Path, uninterrupted: bytes
+) -> None:
+    job = _job(tmp_path_factory, model_folder, instructions, saveSteps=2)
+    prepared = job.prepare()
+    with pytest.raises(RuntimeError, match="a crash"):
+        job.run("train", job.config(prepared), CrashAfter(5))
+    (newest,) = (job.output / prepared.run_id / "checkpoints").glob("step-4.*")
+    optimizer = newest / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    done = job.train(prepared)
+    assert [text for text in done.warnings if "checkpoint of step 4 is skipped" in text and "optimizer.pt" in text]
+    assert job.result(prepared, "report.json")["training"]["resumedAt"] == [2]
+    assert _weights(job, prepared) == uninterrupted
+
+
+def test_a_new_plan_with_half_the_micro_batch_goes_on_with_the_same_rows(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, instructions: Path
+) -> None:
+    def adapter(*plans: int) -> dict[str, torch.Tensor]:
+        job = _job(tmp_path_factory, model_folder, instructions, globalBatchSize=4).change(lora={"dropout": 0.0})
+        prepared = job.prepare()
+        for micro_batch in plans[:-1]:
+            with pytest.raises(StepError, match="stopped after"):
+                job.run("train", job.config(prepared, micro_batch), StopAfter(STOP_AFTER))
+        job.train(prepared, micro_batch=plans[-1])
+        return load(_weights(job, prepared))
+
+    whole, replanned = adapter(4), adapter(4, 2)
+    for name, weight in whole.items():
+        torch.testing.assert_close(replanned[name], weight, rtol=1e-3, atol=1e-4)
+
+
 def test_saving_and_validating_on_the_way_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path, instructions: Path, uninterrupted: bytes
 ) -> None:
     job = _job(tmp_path_factory, model_folder, instructions, saveSteps=2, loggingSteps=5)
     prepared = job.prepare()
-    job.train(prepared)
+    done = job.train(prepared)
     assert _weights(job, prepared) == uninterrupted
+    assert done.progress is not None
+    saved = done.progress.checkpoint
+    assert saved is not None
+    assert (saved.step, saved.bytes > 10_000, saved.seconds > 0) == (STEPS, True, True)
 
 
 def test_another_seed_gives_another_adapter(
@@ -145,3 +250,68 @@ def test_a_run_that_ended_before_its_upload_only_uploads(
 
 def _lose_connection(*_: Any) -> None:
     raise ConnectionError
+
+
+# Real processes, with S3 behind a proxy that holds an upload until the signal is there
+
+
+@pytest.fixture
+def s3_job(
+    tmp_path_factory: pytest.TempPathFactory,
+    model_folder: Path,
+    instructions: Path,
+    gateway: Gateway,
+    faulty: FaultyS3,
+) -> Job:
+    job = _job(tmp_path_factory, model_folder, instructions, saveSteps=2)
+    return job.change(output={"uri": f"{gateway.bucket()}/out", "endpoint": faulty.endpoint})
+
+
+def _start(job: Job, prepared: Prepared) -> subprocess.Popen[bytes]:
+    paths = f"{ROOT}/operator:{ROOT}/trainer_image"
+    # One thread, as here: with another number of them sums are rounded differently.
+    env = os.environ | job.environment(job.config(prepared)) | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "qlora_trainer", "train"]
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _run(job: Job, prepared: Prepared) -> Storage:
+    spec = job.config().spec
+    return open_storage(spec.output.uri, spec.output, field="output.uri").within(prepared.run_id)
+
+
+def _resume(job: Job, prepared: Prepared) -> tuple[bytes | None, list[int]]:
+    """The adapter of the resumed run, and where it resumed. Checks that nothing else is left."""
+    job.train(prepared)
+    run = _run(job, prepared)
+    assert {item.key.split("/")[0] for item in run.list()} == {"adapter", "manifest.json", "report.json", "report.html"}
+    assert run.abort_uploads() == 0
+    report = json.loads(run.read("report.json") or b"")
+    return run.read("adapter/adapter_model.safetensors"), report["training"]["resumedAt"]
+
+
+def test_sigkill_in_the_middle_of_an_upload(s3_job: Job, faulty: FaultyS3, uninterrupted: bytes) -> None:
+    prepared = s3_job.prepare()
+    with faulty.holding(r"^PUT .*/step-4\..*/optimizer\.pt") as arrived:
+        process = _start(s3_job, prepared)
+        assert arrived.wait(120)
+        process.kill()
+        assert process.wait(10) == -signal.SIGKILL
+    assert any("/step-4." in item.key for item in _run(s3_job, prepared).list())
+    assert _resume(s3_job, prepared) == (uninterrupted, [2])
+
+
+def test_sigterm_in_the_middle_of_an_upload(s3_job: Job, faulty: FaultyS3, uninterrupted: bytes) -> None:
+    prepared = s3_job.prepare()
+    with faulty.holding(r"^PUT .*/step-2\..*/optimizer\.pt") as arrived:
+        process = _start(s3_job, prepared)
+        assert arrived.wait(120)
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == ExitCode.INTERRUPTED
+    report = RunReport.model_validate_json((s3_job.folder / "report.json").read_text())
+    assert report.progress is not None
+    assert report.progress.checkpoint is not None
+    stopped = report.progress.step
+    assert stopped == report.progress.checkpoint.step
+    assert f"stopped after step {stopped} of {STEPS}; the checkpoint is in storage" in report.message
+    assert _resume(s3_job, prepared) == (uninterrupted, [stopped])
