@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import datasets
@@ -21,6 +23,13 @@ DOCUMENT_ENDS = "document_ends"
 LONGEST_DOCUMENT = "longest_document"
 """Key of a packed batch: tokens of its longest document."""
 
+TOKENS = pyarrow.large_list(pyarrow.int32())
+SCHEMA = pyarrow.schema(
+    {"input_ids": TOKENS, "labels": TOKENS, "seq_lengths": TOKENS, "length": pyarrow.int64()}  # SFTTrainer's names
+)
+TABLE_BATCH = 1000
+"""Sequences that are in memory at once while the table is written."""
+
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What a transformers model takes of a batch."""
@@ -28,28 +37,33 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in batch.items() if key not in beside}
 
 
-def as_dataset(corpus: Corpus) -> Any:
-    """The sequences as an Arrow table, which TRL's trainer takes and which costs four bytes a token."""
-    ordered = [corpus.documents[index] for sequence in corpus.sequences for index in sequence]
-    ends = np.cumsum([sum(len(corpus.documents[index]) for index in sequence) for sequence in corpus.sequences])
-    offsets = pyarrow.array(np.concatenate([[0], ends]), pyarrow.int64())
-    documents = np.cumsum([len(sequence) for sequence in corpus.sequences])
-    table = pyarrow.table(
-        {
-            "input_ids": _lists(offsets, np.concatenate([document.input_ids for document in ordered])),
-            "labels": _lists(offsets, np.concatenate([document.labels for document in ordered])),
-            "seq_lengths": _lists(
-                pyarrow.array(np.concatenate([[0], documents]), pyarrow.int64()),
-                np.asarray([len(document) for document in ordered], np.int32),
-            ),
-            "length": np.diff(offsets.to_numpy()),
-        }
+def as_dataset(corpus: Corpus, folder: Path | None = None) -> Any:
+    """The sequences as an Arrow table, which is what TRL's trainer takes. It is mapped from a file without a name."""
+    with NamedTemporaryFile(dir=folder) as file:
+        with pyarrow.OSFile(file.name, "wb") as sink, pyarrow.ipc.new_file(sink, SCHEMA) as writer:
+            for start in range(0, len(corpus.sequences), TABLE_BATCH):
+                writer.write_table(_table(corpus, corpus.sequences[start : start + TABLE_BATCH]))
+        return datasets.Dataset(pyarrow.ipc.open_file(pyarrow.memory_map(file.name)).read_all())
+
+
+def _table(corpus: Corpus, sequences: Sequence[Sequence[int]]) -> Any:
+    groups = [[corpus.documents[index] for index in sequence] for sequence in sequences]
+    ordered = [document for group in groups for document in group]
+    ends = np.cumsum([0, *(sum(len(document) for document in group) for group in groups)])
+    documents = np.cumsum([0, *(len(group) for group in groups)])
+    return pyarrow.table(
+        [
+            _lists(ends, np.concatenate([document.input_ids for document in ordered])),
+            _lists(ends, np.concatenate([document.labels for document in ordered])),
+            _lists(documents, np.asarray([len(document) for document in ordered], np.int32)),
+            np.diff(ends),
+        ],
+        schema=SCHEMA,
     )
-    return datasets.Dataset(table)
 
 
 def _lists(offsets: Any, values: Any) -> Any:
-    return pyarrow.LargeListArray.from_arrays(offsets, pyarrow.array(values))
+    return pyarrow.LargeListArray.from_arrays(pyarrow.array(offsets, pyarrow.int64()), pyarrow.array(values))
 
 
 @dataclass(frozen=True, slots=True)

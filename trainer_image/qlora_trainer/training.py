@@ -122,8 +122,8 @@ def make_trainer(
     trainer = Trainer(
         model=model,
         args=_arguments(spec, plan, hardware, total_steps, folder, evaluates=_evaluates_while_training(spec, data)),
-        train_dataset=as_dataset(data.train),
-        eval_dataset=as_dataset(data.validation) if data.validation else None,
+        train_dataset=as_dataset(data.train, folder),
+        eval_dataset=as_dataset(data.validation, folder) if data.validation else None,
         processing_class=tokenizer,
         data_collator=Collator(
             tokenizer.pad_token_id, packed=spec.training.packing, multiple=LENGTH_MULTIPLE if hardware.on_gpu else 1

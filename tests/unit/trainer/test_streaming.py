@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from qlora_trainer.batches import as_dataset
+from qlora_trainer.corpus import Corpus, DocumentWriter
 from qlora_trainer.data import load_data
 from tests.unit.trainer.jobs import Job
 
@@ -53,3 +55,20 @@ def test_memory_does_not_grow_with_the_file(job: Job, tokenizer: Any, name: str)
         tracemalloc.stop()
     assert len(data.train.documents) == ROWS // WANTED
     assert peak < 8 * MIB < ROWS * ROW_BYTES // 2
+
+
+def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
+    writer = DocumentWriter(tmp_path, seed=0)
+    tokens = list(range(100))
+    for _ in range(40_000):
+        writer.add(tokens, tokens)
+    corpus = Corpus(writer.finish()[0], [[number] for number in range(40_000)])
+    tracemalloc.start()
+    try:
+        table = as_dataset(corpus, tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert table[39_999]["input_ids"] == tokens
+    assert peak < 8 * MIB < corpus.tokens * 8 // 2
+    assert list(tmp_path.iterdir()) == []
