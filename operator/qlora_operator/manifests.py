@@ -100,6 +100,7 @@ def _run_config(
         spec=job.spec,
         prepared=prepared,
         plan=plan,
+        grace_seconds=config.termination_grace_period_seconds,
     )
 
 

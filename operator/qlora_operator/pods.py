@@ -15,6 +15,8 @@ from qlorajob.spec import QLoRAJobSpec
 
 CONTAINER: Final = "trainer"
 USER: Final = 65532
+CREDENTIALS_VOLUME: Final = "s3-credentials"
+CREDENTIALS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 def pod_spec(
@@ -87,9 +89,8 @@ def _environment(run: RunConfig) -> Iterator[Manifest]:
     yield {"name": "HOME", "value": names.WORK_DIR}
     credentials = run.spec.output.credentials_secret_ref
     if credentials:
-        yield _from_secret("AWS_ACCESS_KEY_ID", credentials.name, "AWS_ACCESS_KEY_ID")
-        yield _from_secret("AWS_SECRET_ACCESS_KEY", credentials.name, "AWS_SECRET_ACCESS_KEY")
-        yield _from_secret("AWS_SESSION_TOKEN", credentials.name, "AWS_SESSION_TOKEN", optional=True)
+        for key in CREDENTIALS:
+            yield _from_secret(key, credentials.name, key, optional=key == "AWS_SESSION_TOKEN")
     token = run.spec.model.token_secret_ref
     if token:
         yield _from_secret("HF_TOKEN", token.name, token.key)
@@ -161,6 +162,12 @@ def _input_volumes(spec: QLoRAJobSpec) -> Iterator[Manifest]:
         yield {"name": _volume_name("claim", claim), "persistentVolumeClaim": {"claimName": claim}}
     for config_map in config_maps(spec):
         yield {"name": _volume_name("config", config_map), "configMap": {"name": config_map}}
+    credentials = spec.output.credentials_secret_ref
+    if credentials:
+        # The variables say what is missing, but stay as they were; the kubelet swaps files when the Secret changes.
+        items = [{"key": key, "path": key} for key in CREDENTIALS]
+        secret = {"secretName": credentials.name, "optional": True, "defaultMode": 0o440, "items": items}
+        yield {"name": CREDENTIALS_VOLUME, "secret": secret}
 
 
 def _input_mounts(spec: QLoRAJobSpec) -> Iterator[Manifest]:
@@ -174,3 +181,5 @@ def _input_mounts(spec: QLoRAJobSpec) -> Iterator[Manifest]:
     for config_map in config_maps(spec):
         volume = _volume_name("config", config_map)
         yield {"name": volume, "mountPath": f"{names.MOUNT_ROOT}/configmap/{config_map}", "readOnly": True}
+    if spec.output.credentials_secret_ref:
+        yield {"name": CREDENTIALS_VOLUME, "mountPath": names.CREDENTIALS_DIR, "readOnly": True}
