@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
+from uuid import uuid4
 
 import datasets
 import numpy as np
@@ -43,7 +44,8 @@ def as_dataset(corpus: Corpus, folder: Path | None = None) -> Any:
         with pyarrow.OSFile(file.name, "wb") as sink, pyarrow.ipc.new_file(sink, SCHEMA) as writer:
             for start in range(0, len(corpus.sequences), TABLE_BATCH):
                 writer.write_table(_table(corpus, corpus.sequences[start : start + TABLE_BATCH]))
-        return datasets.Dataset(pyarrow.ipc.open_file(pyarrow.memory_map(file.name)).read_all())
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(file.name)).read_all()
+    return datasets.Dataset(table, fingerprint=uuid4().hex)  # without one, it pickles every token to make one up
 
 
 def _table(corpus: Corpus, sequences: Sequence[Sequence[int]]) -> Any:
