@@ -127,9 +127,10 @@ class Blueprint:
         for _, linear in self.linears():
             shape = linear.name, self._width(linear.inputs), self._width(linear.outputs)
             counts[shape] += 1
-            biases += shape[2] if self._holds(linear.bias) else 0
+            biased = self._holds(linear.bias)
+            biases += biased * shape[2]
         loose = 0
-        if self.tied and not self.family.norms:
+        if self.tied and not biased and not self._count_norms((*self.family.norms, *self.family.outer_norms)):
             # transformers never quantizes the module of the last parameter. That is the head or a norm, but for
             # OLMo, whose norms have no parameters.
             counts[shape] -= 1

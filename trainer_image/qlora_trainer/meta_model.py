@@ -49,15 +49,11 @@ class MetaModel:
         return next((name for name, module in self._model.named_modules() if module is head), "")
 
     def facts(self, weight_bytes: int = 0) -> ModelFacts:
-        """Counts by kind, read from the modules; widths too, where the config has no usual name for them."""
-        text, linears = self._text, self._linears()
-        kinds = self._count_kinds()
-        heads = getattr(text, "num_attention_heads", 0) or 0
-        hidden = getattr(text, "hidden_size", 0) or 0
-        head = (
-            getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None) or (hidden // heads if heads else 0)
-        )
-        vocabulary = self._model.get_output_embeddings()
+        """Counts by kind, read from the modules; so are widths that have no usual name in configs."""
+        linears, kinds = self._linears(), self._count_kinds()
+        heads, hidden = self._number("num_attention_heads"), self._number("hidden_size")
+        head_size = self._number("qk_head_dim", "head_dim") or (hidden // heads if heads else 0)
+        head = self._model.get_output_embeddings()
         return ModelFacts(
             model_type=self._config.model_type,
             parameters=sum(kinds.values()),
@@ -66,17 +62,27 @@ class MetaModel:
             head_parameters=kinds["head"],
             expert_parameters=kinds["expert"],
             other_parameters=kinds["other"],
-            layers=getattr(text, "num_hidden_layers", 0) or 0,
+            layers=self._number("num_hidden_layers"),
             hidden_size=hidden,
             intermediate_size=self._intermediate_size(),
             attention_heads=heads,
-            key_value_heads=_key_value_heads(linears, heads, head)
-            or getattr(text, "num_key_value_heads", None)
-            or heads,
-            head_size=head,
-            vocabulary=vocabulary.weight.shape[0] if vocabulary is not None else getattr(text, "vocab_size", 0),
+            key_value_heads=_key_value_heads(linears, heads, head_size) or self._number("num_key_value_heads") or heads,
+            head_size=head_size,
+            vocabulary=head.weight.shape[0] if head is not None else self._number("vocab_size"),
             weight_bytes=weight_bytes,
         )
+
+    def _number(self, *names: str) -> int:
+        """The first of these that the config has; the largest where it differs between layers; 0 if there is none."""
+        for name in names:
+            try:
+                found = [getattr(self._text, name, None)]
+            except RuntimeError:  # transformers won't name one value where each layer has its own
+                found = [getattr(layer, name, None) for layer in self._text.per_layer_config]
+            numbers = [value for value in found if isinstance(value, int)]
+            if numbers:
+                return max(numbers)
+        return 0
 
     def _quantized(self) -> Iterator[tuple[str, Any]]:
         """The modules that transformers lets bitsandbytes replace, by transformers' own rule."""
@@ -118,23 +124,24 @@ class MetaModel:
         return kinds
 
     def _intermediate_size(self) -> int:
-        """Largest width inside a layer's feed-forward part: what flows into its linear layers back to hidden size."""
-        hidden, inside = getattr(self._text, "hidden_size", 0), Counter[str]()
+        """Largest width inside a layer's feed-forward part: what the last linear layer of each of its modules reads."""
+        hidden = self._number("hidden_size")
+        inside: dict[str, dict[str, int]] = {}
         for name, module in self._model.named_modules():
             layer = LAYER.match(name)
             if layer is None or "attn" in name or "attention" in name:
                 continue
+            widths = inside.setdefault(layer[0], {})
             if _is_stacked(module):
-                inside[layer[0]] += self._visited_width(module)
+                widths[name] = self._visited_width(module)
             elif isinstance(module, torch.nn.Linear | Conv1D) and _shape(module)[1] == hidden:
-                inside[layer[0]] += _shape(module)[0]
-        return max(inside.values(), default=0)
+                widths[name.rpartition(".")[0]] = _shape(module)[0]
+        return max((sum(widths.values()) for widths in inside.values()), default=0)
 
     def _visited_width(self, experts: Any) -> int:
         """Width of the stacked experts that one token visits: each has a gate, an up and a down matrix."""
-        visited = getattr(self._text, "num_experts_per_tok", None) or 0
-        weights = sum(weight[0].numel() for _, weight in experts.named_parameters(recurse=False) if weight.dim() == 3)
-        return visited * weights // (3 * self._text.hidden_size)  # type: ignore[no-any-return]
+        weights: int = sum(weight[0].numel() for _, weight in experts.named_parameters(recurse=False) if weight.dim() == 3)
+        return self._number("num_experts_per_tok") * weights // (3 * self._number("hidden_size") or 1)
 
 
 def _shape(module: Any) -> tuple[int, int]:

@@ -60,7 +60,10 @@ def _multi_query(values: Values) -> Mapping[str, Any]:
 
 def _chatglm(values: Values) -> Mapping[str, Any]:
     grouped = values["multi_query_attention"]
-    return {"num_key_value_heads": values["multi_query_group_num"] if grouped else values["num_attention_heads"]}
+    return {
+        "num_key_value_heads": values["multi_query_group_num"] if grouped else values["num_attention_heads"],
+        "qkv_bias": values["add_qkv_bias"] or values["add_bias_linear"],
+    }
 
 
 def _opt(values: Values) -> Mapping[str, Any]:
@@ -74,7 +77,8 @@ def _opt(values: Values) -> Mapping[str, Any]:
     }
 
 
-def _mpt(values: Values) -> Mapping[str, Any]:
+def _four_times(values: Values) -> Mapping[str, Any]:
+    """No key of config.json changes the feed-forward width or the number of key heads."""
     return {"num_key_value_heads": values["num_attention_heads"], "intermediate_size": 4 * values["hidden_size"]}
 
 
@@ -123,6 +127,7 @@ BLOOM = Family(
     norms=(LAYER_NORM, LAYER_NORM),
     outer_norms=(LAYER_NORM, LAYER_NORM),
     lora_default=FUSED,
+    complete=_four_times,
 )
 FALCON = Family(
     defaults=sizes(
@@ -189,7 +194,7 @@ MPT = Family(
     norms=(Norm("hidden"), Norm("hidden")),
     outer_norms=(Norm("hidden"),),
     lora_default=("Wqkv",),
-    complete=_mpt,
+    complete=_four_times,
 )
 CHATGLM = Family(  # ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B; ChatGLM-6B's config has other names
     defaults=sizes(
