@@ -102,11 +102,11 @@ def build(
             setattr(layer.get_submodule(parent), last, _linear(module, *packed[name], quantization, device))
     for module in model.modules():
         _materialise(module, dtype, device)
-    with torch.device(device):  # its frequencies are computed, not loaded
-        model.tie_weights()
-    for name, module in list(model.named_modules()):
-        if "rotary" in type(module).__name__.lower():
-            model.set_submodule(name, type(module)(config, device=device))
+    model.tie_weights()
+    with torch.device(device):  # rotary frequencies are computed, not loaded
+        for name, module in list(model.named_modules()):
+            if "rotary" in type(module).__name__.lower():
+                model.set_submodule(name, type(module)(config=config))  # by name: Unsloth's takes others before it
     model.config.quantization_config = quantization
     model.is_loaded_in_4bit = model.is_quantized = True
     model.quantization_method = quantization.quant_method

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from bench.models import SHAPES, Shape, build
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
+from bench.models import SHAPES, Shape, build
 from qlora_trainer.batches import DOCUMENT_ENDS, LONGEST_DOCUMENT
 from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.decoder import FastDecoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -16,12 +16,13 @@ from qlora_trainer.batches import TOKEN_COUNT, Collator, as_dataset, model_input
 from qlora_trainer.data import TrainingData
 from qlora_trainer.evaluation import mean_loss
 from qlora_trainer.fast.checkpointing import checkpoint_layers
-from qlora_trainer.fast.decoder import FastDecoder, NotCoveredError
 from qlora_trainer.fast.optimizer import gpu_memory, keep_small_states_resident, let_optimizers_run_ahead
-from qlora_trainer.fast.step import MicroStep
 from qlora_trainer.hardware import Hardware
 from qlorajob.plan import Plan
 from qlorajob.spec import QLoRAJobSpec
+
+if TYPE_CHECKING:
+    from qlora_trainer.fast.step import MicroStep
 
 LENGTH_MULTIPLE = 64
 """On a GPU rows are filled up to a multiple of this: what its matrix units work in, and few different shapes."""
@@ -42,16 +43,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def use_fast_path(self, plan: Plan, hardware: Hardware) -> None:
         """Compute the training steps on the fast path, where model and machine allow it. It is made for GPUs."""
-        if not hardware.on_gpu:
-            return
-        try:
-            decoder = fast_decoder(self.model, plan)
-        except NotCoveredError as error:
-            hardware.degrade(f"the layers run one operation at a time: {error}")
-            return
-        # Gradients that are scaled, or checkpoints that leave the device, change from step to step.
-        graphs = hardware.precision != "fp16" and not plan.offload_checkpoints
-        self.fast = MicroStep(decoder, self.accelerator.backward, graphs=graphs)
+        if hardware.on_gpu:
+            from qlora_trainer.fast.step import start  # needs Triton, which is where GPUs are
+
+            self.fast = start(self.model, plan, hardware, self.accelerator.backward)
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """The optimizer, which pages its states only where they are large."""
@@ -135,15 +130,6 @@ def make_trainer(
     if trainer.fast is None:
         hardware.degrade(checkpoint_layers(model, plan))
     return trainer
-
-
-def fast_decoder(model: Any, plan: Plan) -> FastDecoder:
-    """The model on the fast path. Raises NotCoveredError where model or machine don't allow it."""
-    if torch.cuda.get_device_capability()[0] < 8:
-        raise NotCoveredError("its attention needs a GPU of compute capability 8 or more")
-    if plan.gpus > 1:
-        raise NotCoveredError("it knows one GPU")
-    return FastDecoder(model, plan)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,7 +1,7 @@
 """Causal attention forward and backward, on whole rows or on packed documents, without a mask of length².
 
-Whole rows go to cuDNN (the fastest there is on Hopper), packed documents to the variable-length FlashAttention that
-torch brings. Both are called below autograd, so that a layer decides itself what it keeps.
+On Hopper and newer whole rows go to cuDNN, the fastest there is; everything else goes to the variable-length
+FlashAttention that torch brings. Both are called below autograd, so that a layer decides itself what it keeps.
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) ->
     """Attention of q [T, heads, D] to k and v [T, key/value heads, D]; only the last dimension must be dense."""
     if not q.is_cuda:
         return Attended(_plain(q, k, v, layout), ())
-    if layout.ends is not None:
-        out, *statistics = aten._flash_attention_forward(
-            q, k, v, layout.ends, layout.ends, layout.longest, layout.longest, 0.0, True, False
-        )
+    if layout.ends is not None or not _cudnn_is_best(q):
+        ends, longest = _documents(len(q), layout)
+        out, *statistics = aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, True, False)
         return Attended(out, tuple(statistics[:3]))
     out, *statistics = aten._scaled_dot_product_cudnn_attention(
         *(_in_rows(tensor, layout) for tensor in (q, k, v)), None, True, 0.0, True
@@ -60,10 +59,11 @@ def attend_backward(
     """Gradients of q, k and v, each of its shape."""
     if not q.is_cuda:
         return _plain_backward(grad, q, k, v, layout)
-    if layout.ends is not None:
+    if layout.ends is not None or not _cudnn_is_best(q):
+        ends, longest = _documents(len(q), layout)
         log_sums, random, unused = attended.statistics
         return aten._flash_attention_backward(  # type: ignore[no-any-return]
-            grad, q, k, v, attended.out, log_sums, layout.ends, layout.ends, layout.longest, layout.longest,
+            grad, q, k, v, attended.out, log_sums, ends, ends, longest, longest,
             0.0, True, random, unused,
         )  # fmt: skip
     log_sums, seed, offset = attended.statistics
@@ -74,6 +74,18 @@ def attend_backward(
     )  # fmt: skip
     dq, dk, dv = (part.transpose(1, 2).flatten(0, 1) for part in grads)
     return dq, dk, dv
+
+
+def _cudnn_is_best(q: torch.Tensor) -> bool:
+    return torch.cuda.get_device_capability(q.device)[0] in (9, 10) and q.shape[-1] <= 128
+
+
+def _documents(tokens: int, layout: Layout) -> tuple[torch.Tensor, int]:
+    """Where documents begin and end, and the longest one's length; rows are documents too."""
+    if layout.ends is not None:
+        return layout.ends, layout.longest
+    length = tokens // layout.rows
+    return torch.arange(layout.rows + 1, dtype=torch.int32, device="cuda") * length, length
 
 
 def _in_rows(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:

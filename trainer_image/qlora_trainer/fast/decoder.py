@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from triton.errors import TritonError
 
 from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.checkpointing import planned_layers
@@ -69,6 +70,35 @@ class FastDecoder:
             return NormedHeadLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
                 hidden, self._norm.weight, self._norm.variance_epsilon, self._head, shifted
             )
+
+    def check(self, tokens: int = 64) -> None:
+        """Try a few tokens, there and back. Raises NotCoveredError where the loss isn't the one of the modules.
+
+        The adapter changes nothing yet (its second matrices are zero), so neither does dropout.
+        """
+        device = self._head.device
+        ids = (torch.arange(3, 3 + tokens, device=device) % len(self._head))[None]
+        positions = torch.arange(tokens, device=device)[None]
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                found = self.summed_loss(ids, ids, positions, Layout(1))
+                found.backward()  # type: ignore[no-untyped-call]
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TritonError) as error:
+                raise NotCoveredError(f"it fails here: {str(error).splitlines()[0]}") from error
+            with torch.no_grad():
+                logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, :-1].float()
+        for parameter in self.parameters:
+            parameter.grad = None
+        expected, found_loss = (
+            float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum")),
+            float(found.detach()),
+        )
+        if not abs(found_loss - expected) <= 0.02 * abs(expected):
+            raise NotCoveredError(f"its loss is {found_loss:.3f} where it should be {expected:.3f}")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _batch(self, positions: torch.Tensor, layout: Layout) -> Batch:
         wide = torch.empty(0, dtype=torch.float32, device=positions.device)

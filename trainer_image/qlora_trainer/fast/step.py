@@ -11,7 +11,9 @@ import torch
 
 from qlora_trainer.batches import DOCUMENT_ENDS, LONGEST_DOCUMENT
 from qlora_trainer.fast.attention import Layout
-from qlora_trainer.fast.decoder import FastDecoder
+from qlora_trainer.fast.decoder import FastDecoder, NotCoveredError
+from qlora_trainer.hardware import Hardware
+from qlorajob.plan import Plan
 
 GRAPH_TOKENS = 4096
 """Micro batches of at most so many tokens are launch-bound: a layer's kernels run faster than Python starts them."""
@@ -70,6 +72,28 @@ class Inputs:
             self.input_ids.clone(), self.labels.clone(), self.positions.contiguous().clone(), self.items.clone(), ends,
             self.longest,
         )  # fmt: skip
+
+
+def start(model: Any, plan: Plan, hardware: Hardware, backward: Callable[[torch.Tensor], None]) -> MicroStep | None:
+    """The fast path for a model; None, with the reason among the degradations, where model or machine don't allow it."""
+    try:
+        decoder = _decoder(model, plan)
+    except NotCoveredError as error:
+        hardware.degrade(f"the layers run one operation at a time: {error}")
+        return None
+    # Gradients that are scaled, or checkpoints that leave the device, change from step to step.
+    graphs = hardware.precision != "fp16" and not plan.offload_checkpoints
+    return MicroStep(decoder, backward, graphs=graphs)
+
+
+def _decoder(model: Any, plan: Plan) -> FastDecoder:
+    if torch.cuda.get_device_capability()[0] < 8:
+        raise NotCoveredError("its attention needs a GPU of compute capability 8 or more")
+    if plan.gpus > 1:
+        raise NotCoveredError("it knows one GPU")
+    decoder = FastDecoder(model, plan)
+    decoder.check()
+    return decoder
 
 
 class MicroStep:

@@ -7,11 +7,12 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from bench.models import Shape, build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 
+from bench.models import Shape, build
+from qlora_trainer.fast import layer
 from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.decoder import FastDecoder, NotCoveredError
 from qlora_trainer.fast.low_rank import Dropout
@@ -173,6 +174,34 @@ def test_a_model_that_is_not_covered_is_refused_with_the_reason(change: Any, rea
     change(model.get_base_model())
     with pytest.raises(NotCoveredError, match=reason):
         FastDecoder(model, _plan())
+
+
+def test_a_check_finds_the_modules_own_loss_and_leaves_no_trace() -> None:
+    model = _model(lora_dropout=0.1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    state = torch.get_rng_state()
+    FastDecoder(model, _plan("full")).check(16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_check_refuses_a_path_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "rotate", lambda *_, **__: None)
+    model = _model()
+    model.get_base_model().lm_head.weight.data *= 20  # so that positions matter
+    with pytest.raises(NotCoveredError, match="its loss is"):
+        FastDecoder(model, _plan()).check(16)
+
+
+def test_a_check_refuses_a_path_that_fails_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel image is available\nand more")
+
+    monkeypatch.setattr(layer, "rotate", fail)
+    with pytest.raises(NotCoveredError, match=r"fails here: no kernel image is available$"):
+        FastDecoder(_model(), _plan()).check(16)
 
 
 def test_more_than_plain_lora_is_refused() -> None:
