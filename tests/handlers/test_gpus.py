@@ -10,13 +10,12 @@ import pytest
 from qlorajob.identity import prepare_key
 from qlorajob.resource import parse
 from tests.handlers.stage import Stage
-from tests.support import gpus
+from tests.support import gpus, models
 from tests.support.nodes import Simulation
-from tests.support.reports import LLAMA_7B, TINY, prepare_report
+from tests.support.reports import TINY, prepare_report
 
 pytestmark = pytest.mark.cluster
 
-HUGE = LLAMA_7B.model_copy(update={"parameters": 70_000_000_000, "layers": 80, "hidden_size": 8192})
 ANY_GPU = {"gpuClass": "auto", "tolerations": [gpus.TOLERATION]}
 H100 = gpus.device("gpu-0", "NVIDIA H100 80GB HBM3", 81559, "9.0")
 
@@ -54,7 +53,7 @@ def test_a_job_that_fits_nowhere_never_makes_a_gpu_pod_until_a_gpu_comes_that_ho
     stage: Stage, simulation: Simulation
 ) -> None:
     stage.apply("waits", resources=ANY_GPU, training={"maxSequenceLength": 2048})
-    prepare(stage, "waits", facts=HUGE)
+    prepare(stage, "waits", facts=models.facts("Llama-2-70B"))
     stalled(stage, "waits", "L4")
     assert stage.status("waits")["phase"] == "Pending"
     simulation.add(gpus.whole("sim-t4", "Tesla-T4", 1, gpus.SIMULATED))  # smaller still: it looks, and waits on
