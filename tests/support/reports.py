@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora_vram.facts import model_facts
+from qlora_vram import catalog
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.plan import ModelFacts
 from qlorajob.run import RunReport
 from qlorajob.status import Artifact, Artifacts, MemoryStatus, Prepared, Progress
 
 
-def _facts(weight_bytes: int, **config: int | bool) -> ModelFacts:
-    found = model_facts({"model_type": "llama", **config}, weight_bytes=weight_bytes)
-    assert found
-    return found
+def catalogued(name: str) -> ModelFacts:
+    """Facts of a published model."""
+    facts = catalog.lookup(name)
+    assert facts is not None, f"{name} isn't in the catalogue"
+    return facts
 
 
-LLAMA_7B = _facts(13_476_831_232)
-TINY = _facts(
-    269_030_016,
-    num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
-    vocab_size=49152, tie_word_embeddings=True,
-)  # fmt: skip
-"""SmolLM2-135M's."""
+LLAMA_7B = catalogued("meta-llama/Llama-2-7b-hf")
+TINY = catalogued("HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def artifact(run_id: str, kind: str) -> Artifact:

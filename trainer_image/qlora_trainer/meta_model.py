@@ -140,7 +140,9 @@ class MetaModel:
 
     def _visited_width(self, experts: Any) -> int:
         """Width of the stacked experts that one token visits: each has a gate, an up and a down matrix."""
-        weights: int = sum(weight[0].numel() for _, weight in experts.named_parameters(recurse=False) if weight.dim() == 3)
+        weights: int = sum(
+            weight[0].numel() for _, weight in experts.named_parameters(recurse=False) if weight.dim() == 3
+        )
         return self._number("num_experts_per_tok") * weights // (3 * self._number("hidden_size") or 1)
 
 
