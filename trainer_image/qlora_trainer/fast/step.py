@@ -75,7 +75,7 @@ class Inputs:
 
 
 def start(model: Any, plan: Plan, hardware: Hardware, backward: Callable[[torch.Tensor], None]) -> MicroStep | None:
-    """The fast path for a model; None, with the reason among the degradations, where model or machine don't allow it."""
+    """The fast path for a model; None, with the reason among the degradations, where it can't be taken."""
     try:
         decoder = _decoder(model, plan)
     except NotCoveredError as error:
