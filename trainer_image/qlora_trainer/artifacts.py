@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from qlora_trainer.patience import PatientStorage
 from qlora_trainer.settings import Settings
 from qlora_trainer.signals import StopSignal
-from qlora_trainer.storage import Storage, open_storage
+from qlora_trainer.storage import ABSENT, Overtaken, Storage, open_storage
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.manifest import LATEST, MANIFEST, ArtifactManifest, Latest, ManifestFile, files_digest
 from qlorajob.status import Artifact
@@ -112,14 +112,21 @@ class RunStore:
         """Let latest.json point at this run, unless it points at a newer one or this one isn't good enough."""
         if manifest.promoted is False:
             return
-        content = self._output.read(LATEST)
-        try:
-            current = Latest.model_validate_json(content) if content else None
-        except ValidationError:
-            current = None
-        if current is None or current.created_at < manifest.created_at:
+        while True:
+            tag = next((item.tag for item in self._output.list(LATEST) if item.key == LATEST), ABSENT)
+            content = self._output.read(LATEST)
+            try:
+                current = Latest.model_validate_json(content) if content else None
+            except ValidationError:
+                current = None
+            if current is not None and current.created_at >= manifest.created_at:
+                return
             latest = Latest(run_id=self.run_id, uri=self.storage.uri, created_at=manifest.created_at)
-            self._output.write(LATEST, latest.model_dump_json(by_alias=True).encode())
+            try:
+                self._output.write(LATEST, latest.model_dump_json(by_alias=True).encode(), over=tag)
+            except Overtaken:
+                continue  # by another run that ended just now, or by ourselves: its answer got lost
+            return
 
 
 def encode(manifest: ArtifactManifest) -> bytes:

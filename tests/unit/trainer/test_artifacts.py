@@ -100,6 +100,20 @@ def test_latest_does_not_go_back_to_an_older_run(output: LocalStorage) -> None:
     assert _latest(output) == "new"
 
 
+def test_two_runs_that_end_at_the_same_time_leave_the_newer_one(output: LocalStorage) -> None:
+    class Slow(LocalStorage):
+        """Between look and write, the newer run has its say."""
+
+        def read(self, key: str) -> bytes | None:
+            found = super().read(key)
+            if found is None:
+                RunStore(output, "new").point_latest(a_manifest("new", age=1))
+            return found
+
+    RunStore(Slow(output._root, output.uri), "old").point_latest(a_manifest("old", age=2))
+    assert _latest(output) == "new"
+
+
 def test_a_run_that_failed_its_gate_is_never_latest(output: LocalStorage) -> None:
     RunStore(output, "bad").point_latest(a_manifest("bad", promoted=False))
     assert _latest(output) is None

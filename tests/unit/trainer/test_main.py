@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from qlora_trainer import logs
+from qlora_trainer.__main__ import _report as report_on
 from qlora_trainer.__main__ import diagnose
+from qlora_trainer.context import Outcome
 from qlora_trainer.settings import Settings, arrange_environment, usable_cpus
 from qlora_trainer.signals import Stopped, StopSignal
 from qlorajob.errors import ExitCode, Reason, StepError
-from qlorajob.run import RunReport
+from qlorajob.run import WARNING_LENGTH, RunReport
 from tests.unit.trainer.jobs import Job
 
 ROOT = Path(__file__).parents[3]
@@ -188,6 +190,16 @@ def test_a_process_that_is_asked_to_stop_says_so(job: Job) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == ExitCode.INTERRUPTED
     assert _report(job).reason is Reason.INTERRUPTED
+
+
+def test_a_report_tells_the_newest_warnings_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "top-secret-value")
+    outcome = Outcome()
+    for number in range(7):
+        outcome.warn(f"{number} top-secret-value " + "x" * 300)
+    told = report_on("train", outcome, ExitCode.DONE, Reason.SUCCEEDED, "", None)
+    assert [text[:6] for text in told.warnings] == [f"{number} *** " for number in range(2, 7)]
+    assert {len(text) for text in told.warnings} == {WARNING_LENGTH}
 
 
 def test_an_unknown_command_prints_the_usage(job: Job) -> None:

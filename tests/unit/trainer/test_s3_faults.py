@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,7 +18,7 @@ import pytest
 from qlora_trainer import patience
 from qlora_trainer.patience import PatientStorage
 from qlora_trainer.s3 import client, upload
-from qlora_trainer.signals import StopSignal
+from qlora_trainer.signals import Stopped, StopSignal
 from qlora_trainer.storage import Storage, open_storage
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.spec import OutputSpec
@@ -161,6 +163,20 @@ def test_an_upload_that_fails_leaves_neither_object_nor_parts(
     with pytest.raises(StepError) as failed:
         storage.upload(_file(tmp_path, IN_PARTS), "file")
     assert failed.value.code is ExitCode.TRANSIENT
+    assert (list(storage.list()), unfinished()) == ([], [])
+
+
+def test_an_upload_that_a_stop_breaks_off_leaves_no_parts(
+    storage: Storage, faulty: FaultyS3, tmp_path: Path, unfinished: Callable[[], list[str]]
+) -> None:
+    faulty.inject(delay(0.2), "^PUT")
+    before = signal.signal(signal.SIGTERM, StopSignal()._handle)
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(Stopped):
+            storage.upload(_file(tmp_path, 8 * IN_PARTS), "file")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert (list(storage.list()), unfinished()) == ([], [])
 
 
