@@ -190,6 +190,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "spec.dataset.validation: set either fraction, or uri and/or split",
     ),
     (
+        {"spec.dataset.uri": "s3://bucket/rows", "spec.dataset.subset": "main"},
+        "spec.dataset: dataset.subset is for hf:// datasets: choose files by uri and split elsewhere",
+    ),
+    (
         {"spec.evaluation.gate": {}},
         "spec: evaluation.gate.mustBeatBase compares validation losses: set dataset.validation",
     ),
