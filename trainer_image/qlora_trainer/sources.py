@@ -25,12 +25,16 @@ class Source:
 
     rows: Callable[[], Iterator[Row]]
     digest: str
+    schema: Sequence[str] | None = None
+    """Columns, where they are known without reading."""
 
     def __iter__(self) -> Iterator[Row]:
         return self.rows()
 
     def columns(self) -> list[str]:
-        """Columns of any row, in order of appearance. Reads every row."""
+        """Columns of any row, in order of appearance. Without a schema this reads every row."""
+        if self.schema is not None:
+            return list(self.schema) if next(iter(self), None) else []
         found: dict[str, None] = {}
         for row in self:
             found.update(dict.fromkeys(row.values))
@@ -116,4 +120,4 @@ def _open_hub(uri: str, part: hub.HubSplit) -> Source:
         for number, record in enumerate(table, start=1):
             yield Row(record, f"row {number}")
 
-    return Source(rows, digest(["hub", commit, part.split]))
+    return Source(rows, digest(["hub", commit, part.split]), schema=table.column_names)
