@@ -1,4 +1,4 @@
-"""Measures peaks, each in a process of its own: `python -m bench.vram.worker POINTS.json`. Needs a GPU.
+"""Measures peaks, each in a process of its own: `python -m bench.vram.worker [POINTS.json]`. Needs a GPU.
 
 Each process is forked after the imports and before the first use of the GPU, so that it has a CUDA context of its own
 and starts in a moment. Results are lines of JSON.
@@ -22,7 +22,12 @@ def _capability(*_: object) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-_asked_cuda = torch.cuda.get_device_capability
+def _refuse() -> None:
+    raise RuntimeError("this import uses the GPU: processes forked from here couldn't")
+
+
+_asked_cuda, _start_cuda = torch.cuda.get_device_capability, torch.cuda._lazy_init
+torch.cuda._lazy_init = _refuse
 torch.cuda.get_device_capability = _capability  # bitsandbytes asks when it is imported
 
 import json
@@ -37,14 +42,14 @@ from transformers import AutoConfig
 
 from bench.inputs import rows, tokenizer, training_data
 from bench.models import build
-from bench.vram.points import Point
+from bench.vram.points import HELD_OUT, POINTS, Point
 from qlora_trainer import training
 from qlora_trainer.data import TrainingData
-from qlora_trainer.hardware import Hardware
+from qlora_trainer.hardware import Hardware, peak_memory
 from qlora_trainer.model import add_adapter
 from qlorajob.plan import Plan, Requests
 
-torch.cuda.get_device_capability = _asked_cuda
+torch.cuda.get_device_capability, torch.cuda._lazy_init = _asked_cuda, _start_cuda
 
 STEPS = 3
 """The first step makes the optimizer's states, the second meets them; and small micro batches become a CUDA graph."""
@@ -54,9 +59,9 @@ LIMIT = 120.0
 
 def main() -> None:
     """Measure the points of a file, or of this project's list."""
-    if torch.cuda.is_initialized():
-        raise RuntimeError("an import has used the GPU: processes forked from here couldn't")
-    points = [Point.from_json(found) for found in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))]
+    points: tuple[Point, ...] = (*POINTS, *HELD_OUT)
+    if len(sys.argv) > 1:
+        points = tuple(Point.from_json(found) for found in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     for point in points:
         print(json.dumps({"point": point.to_json(), **_in_a_process(point)}), flush=True)
 
@@ -106,6 +111,7 @@ def measure(point: Point) -> dict[str, Any]:
     context = total - free
     model = add_adapter(build(_config(point), double_quant=point.double_quant), spec.lora)
     loaded = torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()  # what building left behind, which loading doesn't
     torch.cuda.reset_peak_memory_stats()
     trainer = training.make_trainer(
         spec,
@@ -119,12 +125,10 @@ def measure(point: Point) -> dict[str, Any]:
         callbacks=[],
     )
     training.train(trainer, 0, None)
-    torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
     return {
         "allocated": torch.cuda.max_memory_allocated(),
         "reserved": torch.cuda.max_memory_reserved(),
-        "driver": total - free,
+        "driver": peak_memory(hardware),
         "context": context,
         "loaded": loaded,
         "engine": "fast" if trainer.fast is not None else "plain",

@@ -97,12 +97,16 @@ class FastStep:
             Moment(own + self._size(active + layer.hidden)),  # forward: activation and result
             Moment(own + self._size(layer.inside + layer.hidden)),  # backward through the activation
             Moment(own + self._size((3 + self.workload.dropout) * layer.hidden)),  # through the first products
-            Moment(own + self._size(attention + grouped) + workspace),  # through attention
+            # Through attention, with the widest tensors dropped before.
+            Moment(own - self._size(layer.hidden + 2 * layer.inside) + self._size(attention + grouped) + workspace),
         )
 
     @cached_property
     def in_loss(self) -> tuple[Moment, ...]:
-        """Result of the last layer and its norm, over which the gradient is written; and some tokens' logits."""
+        """Result of the last layer and its norm, over which the gradient is written; and some tokens' logits.
+
+        The logits of the tokens before them go when these are there.
+        """
         row = max(1, self.workload.facts.vocabulary) * self.workload.compute_bytes
         rows = max(LOGIT_ROWS, LOGIT_BYTES // row // LOGIT_ROWS * LOGIT_ROWS)
-        return (Moment(2 * self._size(self._layer.hidden), loss=row * min(rows, self.workload.tokens)),)
+        return (Moment(2 * self._size(self._layer.hidden), loss=row * min(2 * rows, self.workload.tokens)),)

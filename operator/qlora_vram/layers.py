@@ -54,6 +54,9 @@ class Layer:
     joined_heads: bool
     """Queries are joined from a rotated and a plain part, head by head, and so change their layout in memory."""
 
+    whole_scores: bool
+    """Attention computes a score for each pair of tokens and keeps it: the family has no fused kernel."""
+
     @property
     def grouped(self) -> bool:
         """Several queries share a key."""
@@ -85,6 +88,7 @@ class Layer:
             layer_norm=any(norm.bias is True for norm in wide),
             shared_input=facts.model_type in PARALLEL,
             joined_heads=facts.model_type in PARTLY_ROTATED,
+            whole_scores=facts.model_type in WITHOUT_SDPA,
         )
 
 
@@ -92,6 +96,8 @@ PARALLEL = frozenset({"gpt_neox", "gptj", "falcon", "phi", "cohere", "cohere2"})
 """Families with a parallel residual: both parts read one stream."""
 PARTLY_ROTATED = frozenset({"gpt_neox", "phi", "phi3", "glm", "glm4", "stablelm", "chatglm"})
 """Families that rotate a part of each head and join it with the rest."""
+WITHOUT_SDPA = frozenset({"bloom", "codegen", "gpt_neo", "gpt_oss", "gptj", "internlm2", "mpt"})
+"""Families for which transformers (or their own code) has nothing but matrix products and a softmax."""
 
 
 def role(linear: LinearLayers, facts: ModelFacts) -> Role:

@@ -31,6 +31,8 @@ STATE_BLOCK: Final = 256
 GRADIENT: Final = 4
 ADAPTER: Final = 4
 """The trainer keeps the adapter, and so its gradients, in float32."""
+FOREACH_SHARE: Final = 1.4
+"""torch's AdamW takes the roots of all states at once; no block that was free before has their sizes (measured)."""
 PROCESS_BYTES: Final = 4 * GIB
 """Host memory of a training process: Python, torch, CUDA, and the data."""
 FILE_CACHE_BYTES: Final = 12 * GIB
@@ -144,14 +146,15 @@ def optimizer_bytes(workload: Workload) -> int:
 
 
 def _eight_bit_states(numbers: int) -> int:
-    """Two Adam states of one tensor."""
-    return 8 * numbers if numbers < SMALL_STATES else 2 * (numbers + 4 * -(-numbers // STATE_BLOCK))
+    """Two Adam states of one tensor. Never less for a larger one, although 8-bit states begin with a step down."""
+    wide = 8 * min(numbers, SMALL_STATES - 1)
+    return max(wide, 2 * (numbers + 4 * -(-numbers // STATE_BLOCK)) if numbers >= SMALL_STATES else 0)
 
 
 def _optimizer_workspace(workload: Workload) -> int:
     """torch's own optimizers compute on all parameters at once, and Adafactor in a tensor of each one's size."""
     if workload.optimizer == "adamw_torch":
-        return ADAPTER * workload.adapter_parameters
+        return int(FOREACH_SHARE * ADAPTER * workload.adapter_parameters)
     if workload.optimizer == "adafactor":
         widest = max((max(target.inputs, target.outputs) for target in workload.targets), default=0)
         return 2 * ADAPTER * workload.rank * widest

@@ -7,7 +7,7 @@ Follows what autograd saves there (transformers 5.17, PEFT 0.21, bitsandbytes 0.
 - RMSNorm computes in float32 and saves that copy; LayerNorm runs in float32 under autocast, and from then on the whole
   residual stream is float32, and with it what the layers' products return.
 - SDPA saves q, k, v, its result and a float32 for each head. With a mask it takes the memory-efficient kernel, which
-  repeats grouped keys and values, and keeps the mask in 16 bit in each layer.
+  repeats grouped keys and values, and keeps the mask in 16 bit in each layer. Families without SDPA keep all scores.
 - SwiGLU saves gate, activation and up; a plain GELU its input.
 tests/unit/vram/test_memory.py runs these modules and counts.
 """
@@ -63,13 +63,18 @@ class PlainStep:
 
     @property
     def standing(self) -> dict[str, int]:
-        """None: every weight is dequantized into a buffer of its own."""
-        return {}
+        """What packed rows' mask was built from: positions, compared as 64-bit integers; nothing else fits into it.
+
+        No buffer for weights: each is dequantized into one of its own.
+        """
+        if not (self.workload.packing and self.workload.masked):
+            return {}
+        return {"mask": 8 * self.workload.tokens**2 // self.workload.shape.rows}
 
     @cached_property
     def kept(self) -> int:
         """What autograd saves in one layer."""
-        return self._size(self._kept_before_mlp + self._kept_in_mlp) + self._mask + self._rounded_adapter
+        return self._size(self._kept_before_mlp + self._kept_in_mlp) + self._pairs + self._rounded_adapter
 
     @cached_property
     def checkpoint(self) -> int:
@@ -135,11 +140,15 @@ class PlainStep:
         return (self._narrow + self.workload.dropout) * width * adapters
 
     @cached_property
-    def _mask(self) -> int:
-        """The mask as attention takes it: a number for each pair of tokens of a row."""
-        if not self.workload.masked:
-            return 0
-        return self._attending * self.workload.tokens**2 // self.workload.shape.rows
+    def _pairs(self) -> int:
+        """What is kept for each pair of tokens of a row: the mask as attention takes it, or each head's score.
+
+        A score is kept twice, in float32 behind the softmax and in attention's own type.
+        """
+        pairs = self.workload.tokens**2 // self.workload.shape.rows
+        if self._layer.whole_scores:
+            return (4 + self._attending) * self._layer.heads * pairs
+        return self._attending * pairs if self.workload.masked else 0
 
     @cached_property
     def _rounded_adapter(self) -> int:
@@ -161,11 +170,13 @@ class PlainStep:
         rounded = inside if self.workload.dropout and wide != self._narrow else 0
         factors = (2 if layer.gated else 1) * inside
         product = self._widest_up * wide
+        normed = 0 if self._shares(wide) else stream
         at_up = self._kept_before_mlp + self._kept_at_up + factors + stream
         return (
-            # Recomputed up to the last product: its result, the residual stream and its gradient beside it.
-            self._moment(before_down + inside + 2 * stream, down),
-            self._moment(kept + (0 if self._keeps_product else inside) + rounded + 4 * stream),
+            # Recomputed up to the last product: its result, the residual stream and its gradient beside it, and the
+            # norm's result where LoRA's A didn't save that.
+            self._moment(before_down + inside + 2 * stream + normed, down),
+            self._moment(kept + (0 if self._keeps_product else inside) + rounded + 3 * stream + normed),
             # Backward through it: the gradients from the adapter and from the weight, then their sum, then those of
             # both factors.
             self._moment(before_down + 2 * inside, down),
@@ -175,7 +186,7 @@ class PlainStep:
             self._moment(at_up + 2 * product),
             # RMSNorm's steps in float32, then attention.
             self._moment(self._kept_before_mlp + (1 + 5) * 4 * layer.hidden + 2 * stream),
-            self._moment(self._kept_before_mlp + self._attention_gradients + stream),
+            self._moment(self._kept_before_mlp + self._attention_gradients + stream + self._score_gradients),
         )
 
     @cached_property
@@ -196,6 +207,11 @@ class PlainStep:
         return size * (2 * layer.queries + 2 * layer.keys) + grouped + workspace
 
     @cached_property
+    def _score_gradients(self) -> float:
+        """Two gradients of a float32 score at a time, a token."""
+        return 2 * 4 * self._layer.heads * self.workload.tokens / self.workload.shape.rows * self._layer.whole_scores
+
+    @cached_property
     def in_loss(self) -> tuple[Moment, ...]:
         """TRL's fused head, forward and backward, and the last norm."""
         hidden, tokens, size = self._layer.hidden, self.workload.tokens, self.workload.compute_bytes
@@ -209,7 +225,7 @@ class PlainStep:
         )
 
     def _moment(self, per_token: float, dequantization: int = 0) -> Moment:
-        working = self._size(per_token) + self._mask + self._rounded_adapter
+        working = self._size(per_token) + self._pairs + self._rounded_adapter
         return Moment(working=working, dequantization=dequantization)
 
     def _dequantized(self, name: Role) -> int:

@@ -130,7 +130,9 @@ class MicroStep:
     def _capture(self, inputs: Inputs) -> _Graph:
         """Record a micro step. Recording runs nothing; its gradients' addresses stay what they are from here on."""
         if not self._grads:
-            self._grads = [torch.zeros_like(parameter) for parameter in self._decoder.parameters]
+            found = [(parameter, parameter.grad) for parameter in self._decoder.parameters]
+            # What earlier micro batches of this step have left goes on being used: a copy would be a peak of its own.
+            self._grads = [torch.zeros_like(parameter) if grad is None else grad for parameter, grad in found]
             self._pool = torch.cuda.graph_pool_handle()
         self._use_own_gradients()
         own, graph = inputs.copied(), torch.cuda.CUDAGraph()
