@@ -112,7 +112,7 @@ def engine(spec: QLoRAJobSpec, facts: ModelFacts, gpu: GpuClass, shape: Shape) -
     """Which way through a layer the trainer takes. Unsloth's layers keep what the fast ones keep."""
     if spec.training.backend == "unsloth":
         return "fast"
-    covered = facts.model_type in FAST_FAMILIES and spec.lora.bias == "none"
+    covered = facts.model_type in FAST_FAMILIES and not facts.windowed and spec.lora.bias == "none"
     return "fast" if covered and gpu.compute_capability >= FAST_CAPABILITY and shape.gpus == 1 else "plain"
 
 

@@ -59,6 +59,8 @@ class ModelFacts(ContractModel):
     """Width of one head."""
     vocabulary: Annotated[int, Field(ge=0)] = 0
     """Rows of the output head."""
+    windowed: bool = False
+    """Tokens look back only so far, in the families where that decides on the trainer's path (Mistral, Qwen2)."""
     weight_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes of the weight files, that is of the download."""
 
