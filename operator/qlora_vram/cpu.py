@@ -56,7 +56,7 @@ def plan_cpu(spec: QLoRAJobSpec, facts: ModelFacts, settings: Settings) -> Plan:
 
 def estimate(cut: Workload) -> dict[str, int]:
     """Peak host memory by component, in bytes: weights are read in 16 bit, then held in 4; activations are float32."""
-    step = PlainStep(cut)
+    step = PlainStep(cut, masked=cut.packing or cut.shape.rows > 1)
     layers, kept = cut.facts.layers, cut.kept_layers
     working = max((moment.total for moment in step.in_layer), default=0)
     return {

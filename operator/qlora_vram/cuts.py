@@ -78,7 +78,9 @@ class Cutter:
         rows = min(self.rows(), default=None)
         if rows is None:
             return None
-        return self._cut(rows, max(self.checkpointed()), offload=self.may_offload)
+        # Checkpointing the last layer saves memory only where the loss takes the most.
+        cuts = [self._cut(rows, layers, offload=self.may_offload) for layers in self.checkpointed()[-2:]]
+        return min(cuts, key=self.predicted)
 
     def fits(self, cut: Workload) -> bool:
         """The predicted peak leaves the margin free."""
@@ -105,11 +107,12 @@ class Cutter:
                 yield least
 
     def _fewest_checkpointed(self, rows: int, *, offload: bool) -> Workload | None:
-        """By bisection: each checkpointed layer takes less memory than one that keeps its activations."""
+        """By bisection: each checkpointed layer but the last takes less memory than one that keeps its activations."""
         allowed = self.checkpointed()
-        low, high = 0, len(allowed) - 1
+        low, high = 0, max(0, len(allowed) - 2)
         if not self.fits(self._cut(rows, allowed[high], offload=offload)):
-            return None
+            every = self._cut(rows, allowed[-1], offload=offload)
+            return every if self.fits(every) else None
         while low < high:
             middle = (low + high) // 2
             if self.fits(self._cut(rows, allowed[middle], offload=offload)):

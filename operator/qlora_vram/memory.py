@@ -58,20 +58,29 @@ class Breakdown:
 def peak(workload: Workload, calibration: Calibration | None = None) -> Breakdown:
     """The peak of GPU memory on each GPU of a run. Never less with more rows, tokens, rank or parameters."""
     calibration = calibration or shipped()
-    static = _static(workload)
-    phases = {name: _with_slack(components, calibration) for name, components in _phases(workload)}
+    phases = [(name, components) for step in steps_of(workload) for name, components in _phases(workload, step)]
     # The first of equals: phases come in the order in which they happen.
-    phase = max(phases, key=lambda name: sum(phases[name].values()))
-    components = dict(static)
-    for name, size in phases[phase].items():
+    phase, largest = max(phases, key=lambda found: sum(found[1].values()))
+    components = _static(workload)
+    for name, size in _with_slack(largest, calibration).items():
         components[name] = components.get(name, 0) + size
     components |= {"slack": components.pop("slack"), "context": calibration.context_bytes}
     return Breakdown({name: size for name, size in components.items() if size}, phase)
 
 
+def steps_of(workload: Workload) -> tuple[Step, ...]:
+    """How the trainer may go through the layers: whether several rows need a mask depends on their padding."""
+    if workload.engine == "fast":
+        return (FastStep(workload),)
+    if workload.packing:
+        return (PlainStep(workload, masked=True),)
+    plain = PlainStep(workload, masked=False)
+    return (plain, PlainStep(workload, masked=True)) if workload.shape.rows > 1 else (plain,)
+
+
 def step_of(workload: Workload) -> Step:
-    """How the trainer goes through the layers."""
-    return FastStep(workload) if workload.engine == "fast" else PlainStep(workload)
+    """The way through the layers that keeps the most."""
+    return max(steps_of(workload), key=lambda step: step.kept)
 
 
 def _static(workload: Workload) -> dict[str, int]:
@@ -79,7 +88,7 @@ def _static(workload: Workload) -> dict[str, int]:
     facts, gpus = workload.facts, workload.shape.gpus
     share = gpus if workload.shape.strategy == "fsdp" else 1
     quantized = facts.quantized_parameters
-    wide = workload.compute_bytes * (facts.parameters - quantized)
+    wide = workload.compute_bytes * max(0, facts.parameters - quantized)
     standing = step_of(workload).standing
     adapter = workload.adapter_parameters
     components = {
@@ -97,9 +106,9 @@ def _static(workload: Workload) -> dict[str, int]:
     return components
 
 
-def _phases(workload: Workload) -> Iterator[tuple[Phase, dict[str, int]]]:
+def _phases(workload: Workload, step: Step) -> Iterator[tuple[Phase, dict[str, int]]]:
     """What comes and goes, by phase of a step."""
-    step, shape = step_of(workload), workload.shape
+    shape = workload.shape
     checkpointed = workload.facts.layers - workload.kept_layers
     # Of offloaded checkpoints, one is in use and the next on its way.
     checkpoints = step.offloaded * min(2, checkpointed) if shape.offload else step.checkpoint * checkpointed

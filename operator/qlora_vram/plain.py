@@ -36,6 +36,8 @@ class PlainStep:
     """Implements `activations.Step`. Sizes of tensors are in bytes, for a whole micro batch."""
 
     workload: Workload
+    masked: bool
+    """Attention gets an explicit mask: of documents in packed rows, or of padding."""
 
     @cached_property
     def _layer(self) -> Layer:
@@ -67,7 +69,7 @@ class PlainStep:
 
         No buffer for weights: each is dequantized into one of its own.
         """
-        if not (self.workload.packing and self.workload.masked):
+        if not self.workload.packing:
             return {}
         return {"mask": 8 * self.workload.tokens**2 // self.workload.shape.rows}
 
@@ -96,7 +98,7 @@ class PlainStep:
         # Without a copy of its own, LoRA's A after attention saves attention's result. That is there already, unless it
         # had to be laid out anew: FlashAttention gives it the layout of the queries.
         after = self._inputs(layer.queries, adapted["out"], self._attending)
-        if self._shares(self._attending) and (self.workload.masked or not layer.joined_heads):
+        if self._shares(self._attending) and (self.masked or not layer.joined_heads):
             after = 0.0
         low = self._narrow * self.workload.rank * (adapted["qkv"] + adapted["out"])
         return norms + inputs + self._kept_by_attention + after + low
@@ -104,9 +106,9 @@ class PlainStep:
     @cached_property
     def _kept_by_attention(self) -> float:
         layer, size = self._layer, self._attending
-        keys = layer.queries if self.workload.masked else layer.keys
+        keys = layer.queries if self.masked else layer.keys
         values = keys
-        if layer.fused_qkv and self._wide == size and not (self.workload.masked and layer.grouped):
+        if layer.fused_qkv and self._wide == size and not (self.masked and layer.grouped):
             values = layer.queries + 2 * layer.keys  # a slice keeps the whole product
         return size * (2 * layer.queries + keys + values) + 4 * layer.heads
 
@@ -148,7 +150,7 @@ class PlainStep:
         pairs = self.workload.tokens**2 // self.workload.shape.rows
         if self._layer.whole_scores:
             return (4 + self._attending) * self._layer.heads * pairs
-        return self._attending * pairs if self.workload.masked else 0
+        return self._attending * pairs if self.masked else 0
 
     @cached_property
     def _rounded_adapter(self) -> int:
@@ -175,7 +177,7 @@ class PlainStep:
         return (
             # Recomputed up to the last product: its result, the residual stream and its gradient beside it, and the
             # norm's result where LoRA's A didn't save that.
-            self._moment(before_down + inside + 2 * stream + normed, down),
+            self._moment(before_down + inside + 2 * stream + 2 * normed, down),
             self._moment(kept + (0 if self._keeps_product else inside) + rounded + 3 * stream + normed),
             # Backward through it: the gradients from the adapter and from the weight, then their sum, then those of
             # both factors.

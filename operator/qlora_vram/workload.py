@@ -77,11 +77,6 @@ class Workload:
         return max(0, self.facts.layers - self.shape.checkpointed_layers)
 
     @property
-    def masked(self) -> bool:
-        """Attention gets an explicit mask: of documents in packed rows, or of padding."""
-        return self.engine == "plain" and (self.packing or self.shape.rows > 1)
-
-    @property
     def adapter_parameters(self) -> int:
         """Trained parameters: A [rank, inputs] and B [outputs, rank] of each target."""
         return sum(self.rank * (target.inputs + target.outputs) * target.count for target in self.targets)
