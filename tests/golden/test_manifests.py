@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from qlora_operator.config import OperatorConfig
 from qlora_operator.fleet import Fleet
 from qlora_operator.manifests import claim_template, merge_job, prepare_job, train_job
+from qlora_vram.calibration import Calibration
 from qlora_vram.gpus import GpuClass
 from qlora_vram.planner import plan
 from qlorajob.identity import prepare_key
@@ -32,6 +33,8 @@ FLEETS = {
     "memory": fleet(values=(GpuClass(name="homemade", memory_mib=32000, cost=1),)),
 }
 """What the cluster of a case has; the shipped table stands in for the others."""
+CALIBRATION = Calibration(context_bytes=10**9, slack_share=0.05)
+"""Not the shipped one: a new fit changes no manifest."""
 CONFIG = OperatorConfig(trainer_image="registry/trainer:1", image_pull_secrets=("registry",))
 
 
@@ -44,7 +47,7 @@ def jobs(case: str) -> list[dict[str, Any]]:
     job, there = load(case), FLEETS.get(case, Fleet())
     facts = TINY if job.spec.resources.gpu_class == "cpu" else LLAMA_7B
     found = prepared(prepare_key(job.spec), "0123456789abcdef", facts=facts)
-    planned = plan(job.spec, facts, there.classes(job.spec.resources))
+    planned = plan(job.spec, facts, there.classes(job.spec.resources), calibration=CALIBRATION)
     assert isinstance(planned, Plan)
     slot = there.slot(planned.gpu_class, planned.gpus, job.spec.resources)
     made = [prepare_job(job, 1, CONFIG), train_job(job, found, planned, 1, CONFIG, slot)]
