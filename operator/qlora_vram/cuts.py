@@ -8,10 +8,11 @@ from typing import Final
 
 from qlora_vram.calibration import Calibration
 from qlora_vram.gpus import GpuClass, usable_bytes
-from qlora_vram.memory import peak
+from qlora_vram.memory import Breakdown, peak
+from qlora_vram.observations import Observations, corrected
 from qlora_vram.throughput import tokens_per_second
 from qlora_vram.workload import Shape, Strategy, Workload, workload
-from qlorajob.plan import ModelFacts
+from qlorajob.plan import ModelFacts, Plan
 from qlorajob.spec import QLoRAJobSpec
 
 TRAINER_STRATEGIES: Final[tuple[Strategy, ...]] = ("single",)
@@ -67,6 +68,8 @@ class Cutter:
     facts: ModelFacts
     option: Option
     calibration: Calibration | None = None
+    observations: Observations | None = None
+    """What earlier runs took."""
 
     @property
     def usable(self) -> int:
@@ -87,8 +90,23 @@ class Cutter:
         return self.predicted(cut) <= self.usable
 
     def predicted(self, cut: Workload) -> int:
-        """The peak of a cut, in bytes."""
-        return peak(cut, self.calibration).total
+        """The peak to expect of a cut, in bytes."""
+        return self.breakdown(cut).total
+
+    def breakdown(self, cut: Workload) -> Breakdown:
+        """That peak by component, corrected by what was observed."""
+        modelled = self.modelled(cut)
+        return corrected(modelled, cut, self.option.gpu, self.observations) if self.observations else modelled
+
+    def modelled(self, cut: Workload) -> Breakdown:
+        """What the memory model alone predicts."""
+        return peak(cut, self.calibration)
+
+    def speed(self, cut: Workload) -> float:
+        """Tokens a second: as measured, where rows have no padding that a measurement leaves out; else predicted."""
+        seen = self.observations.exact(cut, self.option.gpu) if self.observations and cut.packing else None
+        measured = seen.tokens_per_second if seen else None
+        return measured or tokens_per_second(cut, self.option.gpu)
 
     def fastest(self) -> Workload | None:
         """The cut with the best predicted speed of those that fit. Checkpoints leave the GPU only if they must."""
@@ -149,6 +167,11 @@ class Cutter:
         shape = replace(shape, gpus=self.option.gpus, strategy=self.option.strategy)
         accumulation = self.spec.training.global_batch_size // (shape.rows * shape.gpus)
         return workload(self.spec, self.facts, self.option.gpu, shape, accumulation)
+
+    def planned(self, plan: Plan) -> Workload:
+        """The cut that `plan` is for."""
+        checkpointed = {"none": 0, "partial": plan.checkpointed_layers, "full": self.facts.layers}[plan.checkpointing]
+        return self.cut(Shape(plan.micro_batch_size, checkpointed, plan.offload_checkpoints))
 
     def recut(self, cut: Workload, **changes: int) -> Workload:
         """A cut with another shape, at the same global batch."""

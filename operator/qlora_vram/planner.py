@@ -10,11 +10,10 @@ from qlora_vram.cpu import plan_cpu
 from qlora_vram.cuts import Cutter, Option, options, several_gpus
 from qlora_vram.gpus import CPU, SHIPPED, GpuClass
 from qlora_vram.layers import detailed
-from qlora_vram.memory import peak
+from qlora_vram.observations import Observations
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.refusal import refusal, unknown_class
 from qlora_vram.requests import Defaults, Settings, gpu_requests
-from qlora_vram.throughput import tokens_per_second
 from qlora_vram.workload import Workload
 from qlorajob.errors import Reason
 from qlorajob.plan import ModelFacts, Plan
@@ -27,11 +26,13 @@ def plan(
     classes: Sequence[GpuClass] = SHIPPED,
     settings: Settings | None = None,
     calibration: Calibration | None = None,
+    observations: Observations | None = None,
 ) -> Plan | DoesNotFit:
     """How to run `spec` on one GPU of these classes (or on CPU), or why that can't be.
 
     The cheapest class whose usable memory holds the job, cut as small as the spec allows; of equally cheap ones the
     smallest. On that class, the cut with the best predicted speed that fits. The global batch is kept exactly.
+    `observations` of earlier runs correct what is predicted.
     """
     settings = settings or Defaults()
     if spec.resources.gpu_class == CPU:
@@ -43,23 +44,29 @@ def plan(
     if spec.resources.gpu_class not in ("auto", *(gpu.name for gpu in classes)):
         return unknown_class(spec, classes)
     facts = detailed(facts)
-    found = cheapest(spec, facts, classes, calibration)
+
+    def fits(changed: QLoRAJobSpec) -> Option | None:
+        return cheapest(changed, facts, classes, calibration, observations)
+
+    found = fits(spec)
     if found is None:
-        return refusal(
-            spec, facts, classes, lambda changed: cheapest(changed, facts, classes, calibration), calibration
-        )
-    cutter = Cutter(spec, facts, found, calibration)
+        return refusal(spec, facts, classes, fits, calibration, observations)
+    cutter = Cutter(spec, facts, found, calibration, observations)
     cut = cutter.fastest()
     assert cut is not None  # noqa: S101 - the smallest fits
     return as_plan(spec, cut, found, cutter, settings, reason=_why(spec, cut, found, cutter))
 
 
 def cheapest(
-    spec: QLoRAJobSpec, facts: ModelFacts, classes: Sequence[GpuClass], calibration: Calibration | None = None
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    classes: Sequence[GpuClass],
+    calibration: Calibration | None = None,
+    observations: Observations | None = None,
 ) -> Option | None:
     """The first option, in the order of their cost, that holds the job when it is cut as small as the spec allows."""
     for option in options(spec, classes):
-        cutter = Cutter(spec, facts, option, calibration)
+        cutter = Cutter(spec, facts, option, calibration, observations)
         smallest = cutter.smallest()
         if smallest is not None and cutter.fits(smallest):
             return option
@@ -70,7 +77,7 @@ def as_plan(
     spec: QLoRAJobSpec, cut: Workload, option: Option, cutter: Cutter, settings: Settings, *, reason: str
 ) -> Plan:
     """The plan to train `cut` on `option`."""
-    predicted = peak(cut, cutter.calibration)
+    predicted = cutter.breakdown(cut)
     again, layers = cut.facts.layers - cut.kept_layers, cut.facts.layers
     return Plan(
         gpu_class=option.gpu.name,
@@ -84,7 +91,7 @@ def as_plan(
         checkpointed_layers=cut.shape.checkpointed_layers,
         offload_checkpoints=cut.shape.offload,
         strategy=option.strategy,
-        predicted_tokens_per_second=_rounded(tokens_per_second(cut, option.gpu)),
+        predicted_tokens_per_second=_rounded(cutter.speed(cut)),
         bf16=option.gpu.bf16,
         requests=gpu_requests(spec, cut, settings),
         reason=reason,
@@ -94,7 +101,7 @@ def as_plan(
 def _why(spec: QLoRAJobSpec, cut: Workload, option: Option, cutter: Cutter) -> str:
     gpu = option.gpu.name if option.gpus == 1 else f"{option.gpus} × {option.gpu.name}"
     chosen = "is the cheapest class that holds the job" if spec.resources.gpu_class == "auto" else "holds that"
-    speed = _rounded(tokens_per_second(cut, option.gpu))
+    speed = _rounded(cutter.speed(cut))
     return (
         f"{words.count(cut.facts.parameters)} parameters in 4 bit with {words.rows(cut.shape.rows, cut.length)} "
         f"{words.checkpointing(cut)} take about {words.gigabytes(cutter.predicted(cut))} and train about "

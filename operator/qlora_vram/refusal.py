@@ -10,6 +10,7 @@ from qlora_vram.calibration import Calibration
 from qlora_vram.changes import with_field
 from qlora_vram.cuts import Cutter, Option, options, several_gpus
 from qlora_vram.gpus import GpuClass
+from qlora_vram.observations import Observations
 from qlora_vram.outcome import DoesNotFit, Suggestion
 from qlora_vram.workload import LENGTH_MULTIPLE
 from qlorajob.errors import Reason
@@ -31,7 +32,12 @@ def unknown_class(spec: QLoRAJobSpec, classes: Sequence[GpuClass]) -> DoesNotFit
 
 
 def refusal(
-    spec: QLoRAJobSpec, facts: ModelFacts, classes: Sequence[GpuClass], fits: Fits, calibration: Calibration | None
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    classes: Sequence[GpuClass],
+    fits: Fits,
+    calibration: Calibration | None,
+    observations: Observations | None = None,
 ) -> DoesNotFit:
     """Nothing fits: by how much, and the nearest changes after which something does."""
     allowed = options(spec, classes)
@@ -40,18 +46,18 @@ def refusal(
         message = "no GPU class can give so many GPUs to one pod" if classes else "this cluster has no GPU"
         return DoesNotFit(Reason.DOES_NOT_FIT, _short(message), "resources.gpus", suggestions)
     largest = max(allowed, key=lambda option: option.gpu.memory_mib)
-    message = f"{_need(spec, facts, largest, calibration)}: {_advice(spec, suggestions)}"
+    message = f"{_need(Cutter(spec, facts, largest, calibration, observations))}: {_advice(spec, suggestions)}"
     return DoesNotFit(Reason.DOES_NOT_FIT, _short(message), "resources.gpuClass", suggestions)
 
 
-def _need(spec: QLoRAJobSpec, facts: ModelFacts, largest: Option, calibration: Calibration | None) -> str:
-    cutter = Cutter(spec, facts, largest, calibration)
-    cut = cutter.smallest()
+def _need(cutter: Cutter) -> str:
+    """What the job takes at least, and what there is."""
+    spec, largest, cut = cutter.spec, cutter.option, cutter.smallest()
     if cut is None:
         return f"training.globalBatchSize {spec.training.global_batch_size} can't be divided over {largest.gpus} GPUs"
     which = "" if spec.resources.gpu_class != "auto" else ", the largest class,"
     return (
-        f"{words.count(facts.parameters)} parameters with {words.rows(cut.shape.rows, cut.length)} "
+        f"{words.count(cutter.facts.parameters)} parameters with {words.rows(cut.shape.rows, cut.length)} "
         f"{words.checkpointing(cut)} need about {words.gigabytes(cutter.predicted(cut))} of GPU memory; "
         f"{largest.gpu.name}{which} has {words.gigabytes(cutter.usable)} usable"
     )

@@ -14,10 +14,11 @@ from qlora_vram.calibration import Calibration
 from qlora_vram.cuts import Cutter, Option, options
 from qlora_vram.gpus import CPU, SHIPPED, GpuClass, usable_bytes
 from qlora_vram.layers import detailed
+from qlora_vram.observations import Observations
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import as_plan
 from qlora_vram.requests import Defaults, Settings
-from qlora_vram.workload import Shape, Workload
+from qlora_vram.workload import Workload
 from qlorajob.errors import Reason
 from qlorajob.plan import ModelFacts, Plan
 from qlorajob.spec import QLoRAJobSpec
@@ -30,6 +31,7 @@ def replan(
     classes: Sequence[GpuClass] = SHIPPED,
     settings: Settings | None = None,
     calibration: Calibration | None = None,
+    observations: Observations | None = None,
 ) -> Plan | DoesNotFit:
     """The plan to go on with after `plan` was out of GPU memory, at the same global batch; or that there is none."""
     facts = detailed(facts)
@@ -37,17 +39,17 @@ def replan(
     if plan.gpu_class == CPU or here is None:
         return _at_the_end(plan)
     option = Option(here, plan.gpus, plan.strategy)
-    cutter = Cutter(spec, facts, option, calibration)
-    shape = Shape(plan.micro_batch_size, _checkpointed(plan, facts), plan.offload_checkpoints)
-    current = cutter.cut(shape)
+    cutter = Cutter(spec, facts, option, calibration, observations)
+    current = cutter.planned(plan)
     for what, cut in _smaller(cutter, current):
-        if cutter.predicted(cut) < cutter.predicted(current):
+        # As modelled: a measurement that bounds both says nothing about which takes less.
+        if cutter.modelled(cut).total < cutter.modelled(current).total:
             return as_plan(spec, cut, option, cutter, settings or Defaults(), reason=_why(plan, what, cut, cutter))
     for bigger in options(spec, classes):
         # Smaller than here: out of memory there too. Not one that holds more only on paper: the prediction was wrong.
         if usable_bytes(bigger.gpu) > usable_bytes(here) and bigger.gpus == plan.gpus:
-            cutter = Cutter(spec, facts, bigger, calibration)
-            cut = cutter.cut(shape)
+            cutter = Cutter(spec, facts, bigger, calibration, observations)
+            cut = cutter.cut(current.shape)
             if cutter.fits(cut):
                 what = f"the bigger class {bigger.gpu.name}"
                 return as_plan(spec, cut, bigger, cutter, settings or Defaults(), reason=_why(plan, what, cut, cutter))
@@ -65,10 +67,6 @@ def _smaller(cutter: Cutter, cut: Workload) -> Iterator[tuple[str, Workload]]:
         yield "checkpointing of every layer", cutter.recut(cut, checkpointed_layers=most)
     if cutter.may_offload and not shape.offload:
         yield "checkpoints in host memory", cutter.recut(cut, checkpointed_layers=most, offload=True)
-
-
-def _checkpointed(plan: Plan, facts: ModelFacts) -> int:
-    return {"none": 0, "partial": plan.checkpointed_layers, "full": facts.layers}[plan.checkpointing]
 
 
 def _why(plan: Plan, what: str, cut: Workload, cutter: Cutter) -> str:
