@@ -67,7 +67,7 @@ def _message(error: ApiException) -> str:
 
 
 class Api:
-    """Reads and writes of the operator: each needs one verb of the chart's ClusterRole."""
+    """Reads and writes of the operator: each needs one verb of the chart's roles."""
 
     def __init__(self, api_client: client.ApiClient) -> None:
         self._client = api_client
@@ -159,6 +159,20 @@ class Api:
                 return None
             raise
         return patched
+
+    async def config_map(self, namespace: str, name: str) -> Mapping[str, str]:
+        """Data of a ConfigMap."""
+        with _translated():
+            found = await self._core.read_namespaced_config_map(name, namespace, _request_timeout=TIMEOUT)
+        return found.data or {}
+
+    async def patch_config_map(self, namespace: str, name: str, data: Mapping[str, str | None]) -> Mapping[str, str]:
+        """Set keys of a ConfigMap, and remove those that are None; all its data afterwards."""
+        with _translated():
+            patched = await self._core.patch_namespaced_config_map(
+                name, namespace, {"data": data}, _content_type=MERGE_PATCH, _request_timeout=TIMEOUT
+            )
+        return patched.data or {}
 
     async def create_event(self, metadata: Metadata, event: Event) -> None:
         """Attach an event to the QLoRAJob."""

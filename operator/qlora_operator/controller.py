@@ -11,6 +11,7 @@ from typing import Any, Final
 from qlora_operator.api import Api, ApiError, PermanentApiError
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decision import CreateClaimTemplate, CreateJob, Decision
+from qlora_operator.experience import Experience
 from qlora_operator.fleet import Fleet
 from qlora_operator.metrics import Metrics
 from qlora_operator.observed import JobView, Observed, PodView, observe
@@ -27,13 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 class Controller:
-    """Carries out decisions. `fleet` tells the cluster's GPUs, `progress` what a pod (by uid) said last."""
+    """Carries out decisions. `fleet` tells the cluster's GPUs, `experience` what runs took, `progress` what a pod (by
+    uid) said last."""
 
     def __init__(
         self,
         api: Api,
         store: Store,
         fleet: Callable[[], Fleet],
+        experience: Experience,
         config: OperatorConfig,
         metrics: Metrics,
         progress: Callable[[str], Progress | None],
@@ -41,6 +44,7 @@ class Controller:
         self._api = api
         self._store = store
         self._fleet = fleet
+        self._experience = experience
         self._config = config
         self._metrics = metrics
         self._progress = progress
@@ -68,6 +72,8 @@ class Controller:
             problem = f"The API server refuses a Job: {error}"
             await self._write(key, raw, job.metadata, refused(job.metadata, job.status, problem, now))
             return REFUSED_RETRY
+        for observation in decision.observations:
+            await self._experience.add(observation)
         return await self._write(key, raw, job.metadata, decision)
 
     async def _act(self, key: Key, decision: Decision) -> None:
@@ -106,7 +112,7 @@ class Controller:
         plain = observe(self._store.jobs(key), self._store.pods(key))
         pods = [await self._with_news(key, pod, now) for pod in plain.pods]
         jobs = [await self._with_warning(key, job, plain, now) for job in plain.jobs]
-        return Observed(tuple(jobs), tuple(pods), self._fleet())
+        return Observed(tuple(jobs), tuple(pods), self._fleet(), await self._experience.known())
 
     async def _with_news(self, key: Key, pod: PodView, now: datetime) -> PodView:
         changes: dict[str, Any] = {}

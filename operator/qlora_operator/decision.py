@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qlora_operator.placement import Manifest
+from qlora_vram.observations import Observation
 from qlorajob.status import QLoRAJobStatus
 
 MAX_EVENT_MESSAGE = 1024
@@ -69,10 +70,12 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Carry out `actions`, then write `status`, then send `events`."""
+    """Carry out `actions`, keep `observations`, write `status`, then send `events`."""
 
     status: QLoRAJobStatus
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None
     measurements: tuple[Measurement, ...] = field(default=())
+    observations: tuple[Observation, ...] = field(default=())
+    """Told again after a crash; the same run's is the same."""

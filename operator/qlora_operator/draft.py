@@ -12,6 +12,7 @@ from qlora_operator.decision import Action, CreateClaimTemplate, CreateJob, Dele
 from qlora_operator.manifests import child_name, merge_key
 from qlora_operator.observed import JobView, Observed, PodView
 from qlora_operator.placement import Manifest
+from qlora_vram.observations import Observation
 from qlorajob.identity import prepare_key
 from qlorajob.resource import QLoRAJob
 from qlorajob.run import Step
@@ -32,6 +33,7 @@ class Draft:
     actions: list[Action] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
 
     def set(self, **fields: Any) -> None:
         """Change fields of the status."""

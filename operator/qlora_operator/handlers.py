@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from aiohttp import web
 from qlora_operator.api import Api
 from qlora_operator.config import OperatorConfig
 from qlora_operator.controller import Controller
+from qlora_operator.experience import ENV_NAMESPACE, Experience
 from qlora_operator.inventory import Inventory
 from qlora_operator.metrics import METRICS_PORT, Metrics, NamespacePhase
 from qlora_operator.progress import Poller
@@ -39,7 +41,8 @@ class Runtime:
         self._store = store
         self.metrics = Metrics(lambda: phases(store))
         self.poller = Poller(store, self.metrics, self._changed, config.progress_interval_seconds)
-        controller = Controller(api, store, inventory.fleet, config, self.metrics, self.poller.latest)
+        experience = Experience(api, os.environ.get(ENV_NAMESPACE), config.trainer_image, time.monotonic)
+        controller = Controller(api, store, inventory.fleet, experience, config, self.metrics, self.poller.latest)
         self.queue: WorkQueue[Key] = WorkQueue(
             controller.look,
             backoff_seconds=config.retry_backoff_seconds,

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from qlora_operator.fleet import Fleet
 from qlora_operator.pods import CONTAINER
+from qlora_vram.observations import Observations
 from qlorajob import names
 from qlorajob.run import RunReport
 from qlorajob.status import Progress
@@ -97,12 +98,14 @@ class PodView:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """Everything in the cluster that carries the job's label, whoever owns it, and the GPUs that there are."""
+    """What in the cluster carries the job's label, whoever owns it; its GPUs, and what is known of earlier runs."""
 
     jobs: tuple[JobView, ...] = ()
     pods: tuple[PodView, ...] = ()
     fleet: Fleet = field(default_factory=Fleet)
     """The cluster's GPUs."""
+    observations: Observations = field(default_factory=Observations)
+    """What finished runs took."""
 
     def job(self, name: str) -> JobView | None:
         """The Job of that name."""

@@ -49,6 +49,7 @@ def reconcile(job: QLoRAJob, observed: Observed, config: OperatorConfig, now: da
         events=tuple(draft.events),
         requeue_after=outcome.requeue_after,
         measurements=tuple(draft.measurements),
+        observations=tuple(draft.observations),
     )
 
 

@@ -14,6 +14,7 @@ from qlora_operator import problems
 from qlora_operator.conditions import summary
 from qlora_operator.decision import Measurement
 from qlora_operator.draft import Draft
+from qlora_operator.learning import first_attempt
 from qlora_operator.manifests import claim_template, merge_job, merge_key, prepare_job, train_job
 from qlora_operator.observed import JobView, PodView
 from qlora_operator.outcome import Outcome
@@ -119,7 +120,7 @@ def _plan(draft: Draft, facts: ModelFacts) -> Plan | DoesNotFit:
     spec, fleet = draft.job.spec, draft.observed.fleet
     classes = fleet.classes(spec.resources)
     if classes or spec.resources.gpu_class == CPU:
-        return plan(spec, facts, classes, draft.config)
+        return plan(spec, facts, classes, draft.config, observations=draft.observed.observations)
     there = ", ".join(gpu.name for gpu in fleet.classes())
     if not there:
         message = f"this cluster's GPUs are older than compute capability {fleet.minimum_capability}"
@@ -263,14 +264,23 @@ def _take_train(draft: Draft, report: RunReport, pod: PodView) -> Outcome | None
     draft.set(progress=progress and progress.model_copy(update={"eta_seconds": 0}))
     draft.set_promoted(report.promoted)
     draft.finish_run(pod.finished_at)
-    planned = draft.status.plan
     if report.memory:
-        predicted = report.memory.predicted_bytes or (planned.predicted_peak_bytes if planned else None)
-        draft.set(memory=report.memory.model_copy(update={"predicted_bytes": predicted}))
-        if planned and planned.gpus and predicted and report.memory.peak_bytes:
-            draft.measurements.append(Measurement("vram_prediction_ratio", report.memory.peak_bytes / predicted))
+        _take_memory(draft, report.memory, pod)
     draft.event("Normal", "Trained", f"The adapter is at {report.artifacts.adapter.uri}")
     return None
+
+
+def _take_memory(draft: Draft, measured: MemoryStatus, pod: PodView) -> None:
+    """The peak and the speed, for the status, the metric and the next plans."""
+    planned, progress = draft.status.plan, draft.status.progress
+    predicted = measured.predicted_bytes or (planned.predicted_peak_bytes if planned else None)
+    speed = progress.tokens_per_second if progress else None
+    memory = measured.model_copy(update={"predicted_bytes": predicted, "tokens_per_second": speed})
+    draft.set(memory=memory)
+    if planned and planned.gpus and predicted and memory.peak_bytes:
+        draft.measurements.append(Measurement("vram_prediction_ratio", memory.peak_bytes / predicted))
+        observation = first_attempt(draft.job.spec, draft.status, draft.observed.fleet, draft.config, pod.finished_at)
+        draft.observations += [observation] if observation else []
 
 
 def _take_merge(draft: Draft, report: RunReport, pod: PodView) -> Outcome | None:

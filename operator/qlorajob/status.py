@@ -133,12 +133,14 @@ def _duration(seconds: int) -> str:
 
 
 class MemoryStatus(ContractModel):
-    """Predicted and measured memory of one GPU (of the process on CPU)."""
+    """Predicted and measured memory of one GPU (of the process on CPU), and the speed that went with it."""
 
     peak_bytes: int | None = None
     """Measured peak."""
     predicted_bytes: int | None = None
     """What the plan predicted."""
+    tokens_per_second: float | None = None
+    """Measured speed of the finished run, without padding."""
 
 
 class Artifact(ContractModel):

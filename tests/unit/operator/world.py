@@ -16,6 +16,7 @@ from qlora_operator.decision import Action, CreateClaimTemplate, Decision, Delet
 from qlora_operator.fleet import Fleet
 from qlora_operator.observed import JobView, Observed, PodView, Waiting
 from qlora_operator.reconcile import reconcile
+from qlora_vram.observations import Observations
 from qlorajob.errors import ExitCode
 from qlorajob.identity import prepare_key
 from qlorajob.names import LABEL_STEP
@@ -52,6 +53,7 @@ class World:
     job: QLoRAJob = field(default_factory=qlorajob)
     config: OperatorConfig = field(default_factory=OperatorConfig)
     fleet: Fleet = field(default_factory=Fleet)
+    observations: Observations = field(default_factory=lambda: Observations(trainer=OperatorConfig().trainer_image))
     jobs: dict[str, JobView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
     now: datetime = START
@@ -67,7 +69,7 @@ class World:
 
     @property
     def observed(self) -> Observed:
-        return Observed(tuple(self.jobs.values()), tuple(self.pods.values()), self.fleet)
+        return Observed(tuple(self.jobs.values()), tuple(self.pods.values()), self.fleet, self.observations)
 
     def look(self, *, record: bool = True) -> Decision:
         """One reconcile, carried out. Without `record` the operator dies before it writes the status."""
@@ -75,6 +77,8 @@ class World:
         decision = reconcile(self.job, self.observed, self.config, self.now)
         for action in decision.actions:
             self._carry_out(action)
+        for observation in decision.observations:
+            self.observations = self.observations.including(observation)
         if record:
             self.job = self.job.model_copy(update={"status": QLoRAJobStatus.model_validate(decision.status.to_wire())})
             self.events += decision.events
