@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_operator.experience import CONFIG_MAP
 from tests.handlers.stage import CLAIM, REPOSITORY, OperatorProcess, Stage
 from tests.support.live import Cluster, eventually
 
@@ -70,11 +71,12 @@ def _claim() -> dict[str, object]:
 
 
 def _kubeconfig(cluster: Cluster, namespace: str, directory: Path) -> Path:
-    """A kubeconfig of the chart's ServiceAccount, with the chart's Role in that namespace and no other right."""
+    """A kubeconfig of the chart's ServiceAccount, with the chart's Roles in that namespace and no other right."""
     rendered = cluster.target.helm(
         *("template", RELEASE, str(CHART), "--namespace", namespace, "--kube-version", "1.36.0"),
         *("--set", "discovery.dynamicResources=true"),
         *("--set", f"watchNamespaces={{{namespace}}}", "--show-only", "templates/rbac.yaml"),
+        *("--show-only", "templates/observations.yaml"),
     )
     cluster.kubectl("-n", namespace, "apply", "-f", "-", input_text=rendered)
     account = f"{RELEASE}-qlora-operator"
@@ -83,11 +85,12 @@ def _kubeconfig(cluster: Cluster, namespace: str, directory: Path) -> Path:
     config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]
     path = directory / "kubeconfig"
     path.write_text(json.dumps(config))
-    eventually(lambda: _may_list(cluster, namespace, account), 10, "the Role is in force")
+    granted = (("list", "qlorajobs.qlora.dev"), ("get", f"configmaps/{CONFIG_MAP}"))
+    eventually(lambda: all(_may(cluster, namespace, account, *each) for each in granted), 10, "the Roles are in force")
     return path
 
 
-def _may_list(cluster: Cluster, namespace: str, account: str) -> bool:
-    question = ("auth", "can-i", "list", "qlorajobs.qlora.dev", "-n", namespace)
+def _may(cluster: Cluster, namespace: str, account: str, verb: str, resource: str) -> bool:
+    question = ("auth", "can-i", verb, resource, "-n", namespace)
     who = f"--as=system:serviceaccount:{namespace}:{account}"
     return cluster.try_kubectl(*question, who).stdout.strip() == "yes"

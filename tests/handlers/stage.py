@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_operator.experience import ENV_NAMESPACE
 from qlorajob.run import RunReport
 from tests.support.live import Cluster, eventually
 
@@ -44,6 +45,7 @@ class OperatorProcess:
         environment = os.environ | {
             "KUBECONFIG": str(self.kubeconfig),
             "QLORA_OPERATOR_CONFIG": str(self.config),
+            ENV_NAMESPACE: self.namespace,
             "PYTHONPATH": str(REPOSITORY / "operator"),
         }
         with self.log.open("ab") as log:

@@ -30,7 +30,7 @@ def of_kind(objects: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def configuration(objects: list[dict[str, Any]]) -> OperatorConfig:
-    text = of_kind(objects, "ConfigMap")[0]["data"]["config.yaml"]
+    (text,) = [found["data"]["config.yaml"] for found in of_kind(objects, "ConfigMap") if "data" in found]
     return OperatorConfig.model_validate(YAML(typ="safe").load(io.StringIO(text)))
 
 
@@ -112,12 +112,37 @@ def test_what_the_operator_may_not_look_at_it_does_not_watch(cluster: Cluster) -
 
 
 def test_an_operator_of_some_namespaces_that_reads_no_nodes_gets_no_cluster_role(cluster: Cluster) -> None:
-    objects = render(cluster, 'watchNamespaces=["a","b"]', "aggregateRoles=false", "discovery.nodes=false", NO_CLAIMS)
+    off = ("aggregateRoles=false", "discovery.nodes=false", "learning.enabled=false", NO_CLAIMS)
+    objects = render(cluster, 'watchNamespaces=["a","b"]', *off)
     assert of_kind(objects, "ClusterRole") == []
     assert [role["metadata"]["namespace"] for role in of_kind(objects, "Role")] == ["a", "b"]
     arguments = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]["args"]
     assert {"--namespace=a", "--namespace=b"} <= set(arguments)
     assert "--all-namespaces" not in arguments
+
+
+def test_what_runs_took_is_kept_in_one_config_map_that_upgrades_leave_alone(cluster: Cluster) -> None:
+    objects = render(cluster)
+    (kept,) = [found for found in of_kind(objects, "ConfigMap") if found["metadata"]["name"] == "qlora-observations"]
+    assert set(kept) == {"apiVersion", "kind", "metadata"}  # with data, helm would put that back
+    assert kept["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    (role,) = of_kind(objects, "Role")
+    rule = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get", "patch"]}
+    assert role["rules"] == [rule | {"resourceNames": ["qlora-observations"]}]
+    (binding,) = of_kind(objects, "RoleBinding")
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert binding["subjects"][0]["name"] == "qlora-operator"
+
+
+def test_an_operator_that_is_not_to_learn_has_no_config_map_and_no_right_to_one(cluster: Cluster) -> None:
+    def environment(*values: str) -> set[str]:
+        (deployment,) = of_kind(render(cluster, *values), "Deployment")
+        return {entry["name"] for entry in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
+
+    objects = render(cluster, "learning.enabled=false")
+    assert of_kind(objects, "Role") == []
+    assert "qlora-observations" not in {found["metadata"]["name"] for found in objects}
+    assert environment() - environment("learning.enabled=false") == {"QLORA_OBSERVATIONS_NAMESPACE"}
 
 
 def test_one_operator_ends_before_the_next_starts(cluster: Cluster) -> None:
