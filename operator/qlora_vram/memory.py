@@ -58,10 +58,11 @@ class Breakdown:
 def peak(workload: Workload, calibration: Calibration | None = None) -> Breakdown:
     """The peak of GPU memory on each GPU of a run. Never less with more rows, tokens, rank or parameters."""
     calibration = calibration or shipped()
-    phases = [(name, components) for step in steps_of(workload) for name, components in _phases(workload, step)]
+    steps = steps_of(workload)
+    phases = [(name, components) for step in steps for name, components in _phases(workload, step)]
     # The first of equals: phases come in the order in which they happen.
     phase, largest = max(phases, key=lambda found: sum(found[1].values()))
-    components = _static(workload)
+    components = _static(workload, steps[0])
     for name, size in _with_slack(largest, calibration).items():
         components[name] = components.get(name, 0) + size
     components |= {"slack": components.pop("slack"), "context": calibration.context_bytes}
@@ -83,13 +84,13 @@ def step_of(workload: Workload) -> Step:
     return max(steps_of(workload), key=lambda step: step.kept)
 
 
-def _static(workload: Workload) -> dict[str, int]:
+def _static(workload: Workload, step: Step) -> dict[str, int]:
     """What lives as long as the run does."""
     facts, gpus = workload.facts, workload.shape.gpus
     share = gpus if workload.shape.strategy == "fsdp" else 1
     quantized = facts.quantized_parameters
     wide = workload.compute_bytes * max(0, facts.parameters - quantized)
-    standing = step_of(workload).standing
+    standing = step.standing
     adapter = workload.adapter_parameters
     components = {
         "quantizedWeights": int(quantized * bits_a_weight(workload.double_quantization) / 8) // share,

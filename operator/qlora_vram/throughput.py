@@ -1,7 +1,7 @@
 """Predicted speed: a roofline of products, memory traffic and kernel launches. For ranking plans, and for an ETA.
 
-Fitted to the H100 runs in docs/vram.md: products reach 80 % of the datasheet; what isn't a product moves each kept
-activation about seven times a pass; one layer's kernels take Python 5.4 ms a pass through PEFT's modules.
+Fitted to H100 runs (docs/results/speed, docs/vram.md): products reach 80 % of the datasheet; what isn't a product moves
+each kept activation five to seven times a pass; PEFT's modules take Python 5.4 ms a pass through one layer.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ PRODUCT_SHARE: Final = 0.8
 """Of a GPU's dense 16-bit throughput, what large products reach: 790 of 989 TFLOP/s on an H100."""
 BANDWIDTH_SHARE: Final = 0.8
 """Of a GPU's memory bandwidth, what streaming kernels reach."""
-TRAFFIC: Final = 7
+TRAFFIC: Final[dict[Engine, float]] = {"plain": 7, "fast": 5}
 """How often a pass through a layer moves what the layer would keep (fitted to an 8B model at 4 × 2048 tokens)."""
 DEQUANTIZATION_BYTES: Final = 2.6
 """Memory traffic of one weight: half a byte and a constant read, two bytes written."""
 LAUNCH_SECONDS: Final[dict[Engine, float]] = {"plain": 5.4e-3, "fast": 1.2e-3}
 """Python's time for one pass through one layer: what small micro batches run at, however fast the GPU is."""
+GRAPH_TOKENS: Final = 4096
+"""The fast path replays micro batches of at most so many tokens as CUDA graphs (`fast.step`) …"""
+GRAPH_SECONDS: Final = 2e-4
+"""… which take this for one pass through one layer."""
 BUS_BYTES: Final = 12e9
 """Bytes a second between host and GPU that offloaded checkpoints can count on (PCIe 3, 16 lanes)."""
-UPDATE_SECONDS: Final[dict[Engine, float]] = {"plain": 1e-4, "fast": 2e-5}
+UPDATE_SECONDS: Final[dict[Engine, float]] = {"plain": 1e-4, "fast": 5e-5}
 """The optimizer's time for each tensor of the adapter."""
 UNKNOWN_TFLOPS: Final = 50.0
 UNKNOWN_BANDWIDTH: Final = 400.0
@@ -46,9 +50,9 @@ def micro_batch_seconds(workload: Workload, gpu: GpuClass) -> float:
     tflops = gpu.tflops or UNKNOWN_TFLOPS
     bandwidth = BANDWIDTH_SHARE * 1e9 * (gpu.bandwidth_gbs or UNKNOWN_BANDWIDTH)
     products = flops(workload) / (PRODUCT_SHARE * 1e12 * tflops)
-    moved = _passes(workload) * workload.facts.layers * TRAFFIC * step_of(workload).kept
+    moved = _passes(workload) * workload.facts.layers * TRAFFIC[workload.engine] * step_of(workload).kept
     dequantized = _passes(workload, backward=1) * DEQUANTIZATION_BYTES * workload.facts.quantized_parameters
-    launches = _passes(workload) * workload.facts.layers * LAUNCH_SECONDS[workload.engine]
+    launches = _passes(workload) * workload.facts.layers * _launch_seconds(workload)
     return max(products + (moved + dequantized) / bandwidth, launches, _copies(workload))
 
 
@@ -65,6 +69,11 @@ def flops(workload: Workload) -> float:
     head = (6 if workload.engine == "plain" else 4) * facts.vocabulary * facts.hidden_size
     adapter = 2 * workload.adapter_parameters * (3 + again)
     return workload.tokens * (2 * visited * (2 + again) + head + adapter) + attention
+
+
+def _launch_seconds(workload: Workload) -> float:
+    graphs = workload.engine == "fast" and workload.tokens <= GRAPH_TOKENS and not workload.shape.offload
+    return GRAPH_SECONDS if graphs else LAUNCH_SECONDS[workload.engine]
 
 
 def _passes(workload: Workload, backward: int = 2) -> float:

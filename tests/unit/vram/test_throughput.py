@@ -19,19 +19,30 @@ LLAMA_8B = models.facts("Llama-3-8B")
 BARE: dict[str, Any] = {"dropout": False, "packing": False}
 
 
+QV = ("q_proj", "v_proj")
+
+
 @pytest.mark.parametrize(
     ("model", "run", "measured"),
     [
-        # transformers and PEFT one operation at a time, then Unsloth, whose layers are like the fast path's
+        # docs/results/speed
+        ("Llama-3-8B", {"rows": 4, "length": 2048, "engine": "fast"}, 11_730),
+        ("Llama-3-8B", {"rows": 4, "length": 2048, "engine": "fast", "checkpointed": 0}, 15_480),
+        ("Llama-2-7B", {"rows": 4, "length": 1024, "engine": "fast", "rank": 64, "adapted": QV}, 13_718),
+        ("Llama-2-7B", {"rows": 1, "length": 512, "engine": "fast", "accumulation": 1}, 6_778),
+        ("Llama-2-70B", {"rows": 1, "length": 512, "engine": "fast", "accumulation": 1}, 902),
+        # transformers and PEFT, one operation at a time
         ("Llama-3-8B", {"rows": 4, "length": 2048, "engine": "plain"}, 7_179),
-        ("Llama-3-8B", {"rows": 4, "length": 2048, "engine": "fast"}, 10_102),
-        ("Llama-3-8B", {"rows": 4, "length": 2048, "engine": "fast", "checkpointed": 0}, 13_924),
         ("Llama-2-7B", {"rows": 1, "length": 512, "engine": "plain"}, 740),
     ],
 )
-def test_speeds_are_near_measured_ones(model: str, run: dict[str, Any], measured: int) -> None:
-    found = tokens_per_second(workload(models.facts(model), **BARE, accumulation=4, **run), H100)
-    assert 0.75 < found / measured < 1.35
+def test_speeds_are_near_those_measured_on_an_h100(model: str, run: dict[str, Any], measured: int) -> None:
+    facts = models.facts(model)
+    adapted = run.pop("adapted", None)
+    work = workload(facts, **({"accumulation": 4, **BARE} | run))
+    if adapted:
+        work = replace(work, targets=tuple(linear for linear in facts.linears if linear.name in adapted))
+    assert 0.85 < tokens_per_second(work, H100) / measured < 1.25
 
 
 def test_a_step_without_recomputation_is_four_operations_a_weight() -> None:
