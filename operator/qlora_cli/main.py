@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import click
+
+# pydantic looks for plugins in every package that is installed: a tenth of a second in the trainer's environment.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,3 +56,57 @@ def watch(name: str, namespace: str | None, timeout: float | None) -> None:
     except (LookupError, TimeoutError) as error:
         raise click.ClickException(str(error)) from None
     sys.exit(0 if succeeded else 1)
+
+
+@main.command()
+@click.argument("manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--gpu", metavar="NAME", help="Plan for this GPU class, whatever the manifest says.")
+@click.option(
+    "--what-if",
+    "questions",
+    metavar="FIELD=VALUE",
+    multiple=True,
+    help="Plan as if a field of the spec were another, such as training.maxSequenceLength=8192. May be repeated.",
+)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, path_type=Path),
+    help="The model's config.json, or its folder, for models that aren't in the catalogue.",
+)
+@click.option("--output", "-o", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def plan(manifest: Path, gpu: str | None, questions: tuple[str, ...], config: Path | None, output: str) -> None:
+    """Show how MANIFEST would be trained, without a cluster: GPU class, memory by component, speed, and why.
+
+    Exits 64 where no GPU class holds it; the message names changes that would do.
+    """
+    from qlora_cli.manifests import ManifestError
+    from qlora_cli.plan import show_plan
+
+    try:
+        found = show_plan(manifest, gpu=gpu, questions=questions, config=config, as_json=output == "json")
+    except ManifestError as error:
+        click.secho(str(error), fg="red", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(0 if found else ManifestError.exit_code)
+
+
+@main.command()
+@click.argument("manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--config",
+    type=click.Path(exists=True, path_type=Path),
+    help="The model's config.json, or its folder, for models that aren't in the catalogue.",
+)
+def render(manifest: Path, config: Path | None) -> None:
+    """Print the Jobs that the operator would create for MANIFEST, without a cluster.
+
+    Model revision, data digest and step count are known only once prepare has run; they are marked as such.
+    """
+    from qlora_cli.manifests import ManifestError
+    from qlora_cli.render import render as render_manifest
+
+    try:
+        render_manifest(manifest, sys.stdout, config=config)
+    except ManifestError as error:
+        click.secho(str(error), fg="red", err=True)
+        sys.exit(error.exit_code)

@@ -25,6 +25,15 @@ def load_manifest(path: Path) -> QLoRAJob:
     Raises:
         ManifestError: not YAML, no or several QLoRAJobs, or fields that are wrong.
     """
+    return parse_document(read_document(path), path)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The one QLoRAJob in `path`, as it is written.
+
+    Raises:
+        ManifestError: not YAML, no or several QLoRAJobs.
+    """
     try:
         documents: list[Any] = [doc for doc in YAML(typ="safe", pure=True).load_all(path) if doc is not None]
     except YAMLError as error:
@@ -32,7 +41,17 @@ def load_manifest(path: Path) -> QLoRAJob:
     jobs = [doc for doc in documents if isinstance(doc, dict) and doc.get("kind") == KIND]
     if len(jobs) != 1:
         raise ManifestError(f"{path} holds {len(jobs)} {KIND} manifests; it must hold exactly one")
+    found: dict[str, Any] = jobs[0]
+    return found
+
+
+def parse_document(document: dict[str, Any], path: Path) -> QLoRAJob:
+    """The QLoRAJob of a document that came from `path`.
+
+    Raises:
+        ManifestError: fields that are wrong.
+    """
     try:
-        return parse(jobs[0], local=True)
+        return parse(document, local=True)
     except InvalidManifest as error:
         raise ManifestError(f"{path} is not a valid {KIND}:\n{error}") from None
