@@ -57,6 +57,9 @@ class Layer:
     whole_scores: bool
     """Attention computes a score for each pair of tokens and keeps it: the family has no fused kernel."""
 
+    experts: bool
+    """A mixture of experts in stacked tensors."""
+
     @property
     def grouped(self) -> bool:
         """Several queries share a key."""
@@ -89,6 +92,7 @@ class Layer:
             shared_input=facts.model_type in PARALLEL,
             joined_heads=facts.model_type in PARTLY_ROTATED,
             whole_scores=facts.model_type in WITHOUT_SDPA,
+            experts=facts.expert_parameters > 0,
         )
 
 

@@ -27,6 +27,8 @@ LOSS_TOKENS: Final = 4096
 """TRL's `TOKEN_CHUNK_SIZE`: tokens whose logits exist at once …"""
 LOSS_COLUMNS: Final = 32768
 """… and its `_CHUNKED_LOGPROB_CHUNK_SIZE`: how many of each, whatever the vocabulary is."""
+VISITED_EXPERTS: Final = 8
+"""No usual mixture sends a token to more experts; each visit has an input and a result of its own."""
 GELU_COPIES: Final = {"gpt2": 4, "gptj": 4, "phi": 4, "codegen": 4}
 """Families with the tanh approximation written out in Python, whose parts autograd saves one by one."""
 
@@ -117,7 +119,8 @@ class PlainStep:
         layer, adapted, wide = self._layer, adapted_per_layer(self.workload), self._wide
         copies = 3 if layer.gated else GELU_COPIES.get(self.workload.facts.model_type, 1)
         low = self._narrow * self.workload.rank * (adapted["up"] + adapted["down"])
-        return self._kept_at_up + copies * wide * layer.inside + self._kept_before_down + low
+        visited = 2 * VISITED_EXPERTS * wide * layer.hidden if layer.experts else 0
+        return self._kept_at_up + copies * wide * layer.inside + visited + self._kept_before_down + low
 
     @cached_property
     def _kept_at_up(self) -> float:

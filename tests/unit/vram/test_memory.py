@@ -192,6 +192,8 @@ def test_experts_stay_in_16_bit() -> None:
     )  # fmt: skip
     assert mixture
     assert peak(workload(mixture)).components["weights16Bit"] > 90 * GB
+    dense = mixture.model_copy(update={"expert_parameters": 0})
+    assert step_of(workload(mixture)).kept > step_of(workload(dense)).kept
 
 
 @pytest.mark.parametrize(
