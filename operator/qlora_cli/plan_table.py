@@ -11,6 +11,7 @@ from rich.text import Text
 from qlora_cli.questions import Answer, ClassAnswer
 from qlora_vram import words
 from qlora_vram.outcome import DoesNotFit
+from qlora_vram.workload import Workload
 from qlorajob.plan import Plan
 
 BAR = 32
@@ -78,21 +79,21 @@ def _classes(classes: tuple[ClassAnswer, ...], chosen: Plan | None) -> list[Rend
     for each in classes:
         is_chosen = chosen is not None and each.gpu.name == chosen.gpu_class
         table.add_row(
-            "▶" if is_chosen else "✓" if each.plan else "✗",
+            "▶" if is_chosen else "✓" if each.cut else "✗",
             each.gpu.name,
             words.gigabytes(each.usable),
             words.gigabytes(each.needed),
-            f"{each.plan.predicted_tokens_per_second:,.0f}" if each.plan else "",
-            _how(each.plan) if each.plan else "",
-            style="bold" if is_chosen else "" if each.plan else "dim",
+            f"{each.speed:,.0f}" if each.cut else "",
+            _how(each.cut) if each.cut else "",
+            style="bold" if is_chosen else "" if each.cut else "dim",
         )
     return [table, Text()]
 
 
-def _how(plan: Plan) -> str:
-    again = {"none": "", "partial": f", {plan.checkpointed_layers} layers again", "full": ", all layers again"}
-    parked = ", checkpoints on the host" if plan.offload_checkpoints else ""
-    return f"{plan.micro_batch_size} × {plan.gradient_accumulation}{again[plan.checkpointing]}{parked}"
+def _how(cut: Workload) -> str:
+    again = cut.facts.layers - cut.kept_layers
+    recomputed = f", {again} of {cut.facts.layers} layers again" if again else ""
+    return f"{cut.shape.rows} × {cut.accumulation}{recomputed}{', from the host' if cut.shape.offload else ''}"
 
 
 def _settings(plan: Plan) -> Table:

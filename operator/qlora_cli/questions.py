@@ -18,7 +18,8 @@ from qlora_vram.facts import InvalidConfigError, model_facts
 from qlora_vram.gpus import KNOWN, SHIPPED, GpuClass, usable_bytes
 from qlora_vram.layers import detailed
 from qlora_vram.outcome import DoesNotFit
-from qlora_vram.planner import plan
+from qlora_vram.planner import plan, rounded
+from qlora_vram.workload import Workload
 from qlorajob.plan import ModelFacts, Plan
 from qlorajob.spec import QLoRAJobSpec
 
@@ -33,8 +34,10 @@ class ClassAnswer:
     gpu: GpuClass
     needed: int
     """Bytes of the cut that takes the least."""
-    plan: Plan | None
-    """The plan there; None where it doesn't fit."""
+    cut: Workload | None
+    """The fastest cut that fits; None where none does."""
+    speed: float
+    """Its predicted tokens a second."""
 
     @property
     def usable(self) -> int:
@@ -45,11 +48,11 @@ class ClassAnswer:
         """As JSON."""
         return {
             "name": self.gpu.name,
-            "fits": self.plan is not None,
+            "fits": self.cut is not None,
             "usableBytes": self.usable,
             "smallestPeakBytes": self.needed,
             "cost": self.gpu.cost,
-            "predictedTokensPerSecond": self.plan.predicted_tokens_per_second if self.plan else None,
+            "predictedTokensPerSecond": self.speed if self.cut else None,
         }
 
 
@@ -97,15 +100,10 @@ def _on_each(spec: QLoRAJobSpec, facts: ModelFacts, classes: Sequence[GpuClass])
         smallest = cutter.smallest()
         if smallest is None:
             continue
-        there = plan(_named(spec, option.gpu), facts, [option.gpu]) if cutter.fits(smallest) else None
         needed = cutter.predicted(smallest)
-        answers.append(ClassAnswer(option.gpu, needed, there if isinstance(there, Plan) else None))
+        cut = cutter.fastest() if needed <= cutter.usable else None
+        answers.append(ClassAnswer(option.gpu, needed, cut, rounded(cutter.speed(cut)) if cut else 0.0))
     return answers
-
-
-def _named(spec: QLoRAJobSpec, gpu: GpuClass) -> QLoRAJobSpec:
-    resources = spec.resources.model_copy(update={"gpu_class": gpu.name})
-    return spec.model_copy(update={"resources": resources})
 
 
 # What is planned for

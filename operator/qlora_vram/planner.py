@@ -91,7 +91,7 @@ def as_plan(
         checkpointed_layers=cut.shape.checkpointed_layers,
         offload_checkpoints=cut.shape.offload,
         strategy=option.strategy,
-        predicted_tokens_per_second=_rounded(cutter.speed(cut)),
+        predicted_tokens_per_second=rounded(cutter.speed(cut)),
         bf16=option.gpu.bf16,
         requests=gpu_requests(spec, cut, settings),
         reason=reason,
@@ -101,7 +101,7 @@ def as_plan(
 def _why(spec: QLoRAJobSpec, cut: Workload, option: Option, cutter: Cutter) -> str:
     gpu = option.gpu.name if option.gpus == 1 else f"{option.gpus} × {option.gpu.name}"
     chosen = "is the cheapest class that holds the job" if spec.resources.gpu_class == "auto" else "holds that"
-    speed = _rounded(cutter.speed(cut))
+    speed = rounded(cutter.speed(cut))
     return (
         f"{words.count(cut.facts.parameters)} parameters in 4 bit with {words.rows(cut.shape.rows, cut.length)} "
         f"{words.checkpointing(cut)} take about {words.gigabytes(cutter.predicted(cut))} and train about "
@@ -109,6 +109,6 @@ def _why(spec: QLoRAJobSpec, cut: Workload, option: Option, cutter: Cutter) -> s
     )
 
 
-def _rounded(speed: float) -> float:
+def rounded(speed: float) -> float:
     """Two digits: it is an estimate."""
     return float(f"{speed:.2g}")
