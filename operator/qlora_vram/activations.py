@@ -57,11 +57,6 @@ class Step(Protocol):
         """Moments after the last layer, beside what the layers keep."""
 
 
-def largest_weight(workload: Workload) -> int:
-    """Parameters of the largest quantized weight."""
-    return max((linear.inputs * linear.outputs for linear in workload.facts.linears), default=0)
-
-
 def adapted_per_layer(workload: Workload) -> dict[str, float]:
     """Layers with an adapter, by role, in one decoder layer; of experts, those that a token visits."""
     layers = max(1, workload.facts.layers)
