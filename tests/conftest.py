@@ -13,6 +13,9 @@ from cluster import environment, templates
 from demo.target import find
 from tests.support.live import Cluster, Namespace, write_s3_secret
 
+# Threads that have nothing to do sleep, as in the trainer's pods: there are more processes here than cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # How fast an example is made depends on what else the machine does: no property is about that.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
