@@ -38,8 +38,8 @@ def start(
 
     The executable's name has to be `name`: that is how its process is recognised later.
     """
-    started = running(layout, name) is None
-    if started:
+    process = None
+    if running(layout, name) is None:
         with layout.log_file(name).open("ab") as log:
             process = subprocess.Popen(
                 [str(part) for part in command],
@@ -54,12 +54,14 @@ def start(
         layout.pid_file(name).write_text(str(process.pid))
 
     def alive_and_ready() -> bool:
-        if running(layout, name) is None and not ready():
+        # A process of ours is asked itself: while it starts, /proc doesn't show its name yet.
+        ended = running(layout, name) is None if process is None else process.poll() is not None
+        if ended:
             raise ClusterError(explain(layout, name, "ended right after its start"))
         return ready()
 
     wait_until(alive_and_ready, seconds, lambda: explain(layout, name, f"was not ready within {seconds:.0f} s"))
-    return started
+    return process is not None
 
 
 def explain(layout: Layout, name: str, problem: str) -> str:
