@@ -8,6 +8,8 @@ PYTHON := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 UV_VERSION := 0.13.9
 SOURCES := operator trainer_image dev tests
+# The tests of the one cluster run in one process, the others beside it (tests/conftest.py).
+PARALLEL := --numprocesses=auto --dist=loadgroup
 export PYTHONPATH := dev
 export PYTHONUNBUFFERED := 1
 
@@ -48,11 +50,11 @@ endif
 
 .PHONY: test
 test: cluster-up browser ## Run every test a CPU machine can run, on the real local cluster too
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(PARALLEL)
 
 .PHONY: test-unit
 test-unit: setup browser ## Run the tests that need no cluster
-	$(PYTHON) -m pytest tests/unit tests/golden
+	$(PYTHON) -m pytest $(PARALLEL) tests/unit tests/golden
 
 .PHONY: browser
 browser: ## Install Chromium, which tests look at the report with; needs root on Debian
