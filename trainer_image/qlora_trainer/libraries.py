@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 from qlora_trainer import logs
@@ -27,3 +30,32 @@ def _import_as_if_torch_were_absent() -> None:
         from transformers.utils import is_torch_available
     is_torch_available()
     del sys.modules["torch"]
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, which peft imports as well, without loading torch's compiler.
+
+    It decorates a few functions with torch.compile, for devices that it has no kernels for. The decorator loads the
+    whole compiler at once, which takes seconds; here each function is compiled when it is called first.
+    """
+    if "bitsandbytes" in sys.modules:
+        return
+    import torch
+
+    with patch.object(torch, "compile", functools.partial(_compile_at_first_call, torch.compile)):
+        import bitsandbytes  # noqa: F401
+
+
+def _compile_at_first_call(
+    compiler: Callable[..., Any], function: Callable[..., Any] | None = None, **options: Any
+) -> Callable[..., Any]:
+    """torch.compile as a decorator, with or without options."""
+    if function is None:
+        return functools.partial(_compile_at_first_call, compiler, **options)
+    compiled = functools.cache(functools.partial(compiler, function, **options))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_trainer import logs
 from qlora_trainer.artifacts import RunStore
 from qlora_trainer.context import Context
+from qlora_trainer.libraries import import_bitsandbytes
 from qlora_trainer.settings import usable_memory
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.manifest import ADAPTER, MERGED, REPORT, ArtifactManifest, ManifestFile
@@ -49,6 +50,7 @@ def run(context: Context) -> None:
         outcome.message = f"run {prepared.run_id} is already merged"
         return
 
+    import_bitsandbytes()
     from qlora_trainer.hardware import DTYPES
     from qlora_trainer.merging import plan_merge
     from qlora_trainer.model_source import open_model

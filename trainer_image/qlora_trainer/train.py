@@ -8,6 +8,7 @@ from qlora_trainer.artifacts import RunStore
 from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
+from qlora_trainer.libraries import import_bitsandbytes
 from qlora_trainer.metrics import Telemetry
 from qlora_trainer.publication import CLAIM, PublishedElsewhere
 from qlorajob.errors import Reason, StepError
@@ -46,6 +47,7 @@ def _train(context: Context, store: RunStore) -> ArtifactManifest:
     telemetry.serve(settings.metrics_port)  # before anything is loaded, so that loading is seen as life
 
     clock = Clock(logger)
+    import_bitsandbytes()
     from qlora_trainer.recipe import train_adapter
 
     clock.lap("imports")
