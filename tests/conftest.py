@@ -23,10 +23,11 @@ hypothesis.settings.load_profile("untimed")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what uses the one cluster in one process, one test after the other; the rest runs beside it."""
+    """Keep what uses the local cluster in one process, and what uses the handler tests' API server in another one."""
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+            group = "handlers" if "handlers" in item.path.parts else "cluster"
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

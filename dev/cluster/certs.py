@@ -106,8 +106,7 @@ def _kubeconfig(paths: Layout, name: str, target: Path) -> None:
     def data(file: str) -> str:
         return base64.b64encode((paths.pki / file).read_bytes()).decode()
 
-    server = f"https://{layout.NODE_ADDRESS}:{layout.API_PORT}"
-    cluster = {"server": server, "certificate-authority-data": data("ca.crt")}
+    cluster = {"server": paths.endpoints.api, "certificate-authority-data": data("ca.crt")}
     user = {"client-certificate-data": data(f"{name}.crt"), "client-key-data": data(f"{name}.key")}
     config = {
         "apiVersion": "v1",

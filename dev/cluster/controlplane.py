@@ -7,7 +7,7 @@ from cluster import layout, processes
 from cluster.layout import Layout
 from cluster.shell import ClusterError, Command, step
 
-_API = f"https://{layout.NODE_ADDRESS}:{layout.API_PORT}"
+DAEMONS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 
 
 def start(paths: Layout) -> None:
@@ -22,7 +22,8 @@ def start(paths: Layout) -> None:
 
 
 def _start_etcd(paths: Layout) -> None:
-    client, peer = f"http://127.0.0.1:{layout.ETCD_PORT}", f"http://127.0.0.1:{layout.ETCD_PEER_PORT}"
+    client = f"http://127.0.0.1:{paths.endpoints.etcd_port}"
+    peer = f"http://127.0.0.1:{paths.endpoints.etcd_peer_port}"
     executable = shutil.which("etcd")
     if executable is None:
         raise ClusterError("etcd is not installed")
@@ -38,13 +39,13 @@ def _start_etcd(paths: Layout) -> None:
 
 
 def _start_api_server(paths: Layout, tls: ssl.SSLContext) -> None:
-    pki = paths.pki
+    pki, listen = paths.pki, paths.endpoints
     command: Command = [
         paths.bin / "kube-apiserver",
-        f"--etcd-servers=http://127.0.0.1:{layout.ETCD_PORT}",
-        f"--bind-address={layout.NODE_ADDRESS}",
-        f"--advertise-address={layout.NODE_ADDRESS}",
-        f"--secure-port={layout.API_PORT}",
+        f"--etcd-servers=http://127.0.0.1:{listen.etcd_port}",
+        f"--bind-address={listen.api_address}",
+        f"--advertise-address={listen.api_address}",
+        f"--secure-port={listen.api_port}",
         f"--service-cluster-ip-range={layout.SERVICE_CIDR}",
         "--authorization-mode=Node,RBAC",
         "--enable-admission-plugins=NodeRestriction",
@@ -70,15 +71,17 @@ def _start_api_server(paths: Layout, tls: ssl.SSLContext) -> None:
         f"--audit-policy-file={layout.SOURCE}/config/audit.yaml",
         f"--audit-log-path={paths.log_file('audit')}",
     ]
-    processes.start(paths, "kube-apiserver", command, ready=lambda: processes.answers(f"{_API}/readyz", tls))
+    processes.start(paths, "kube-apiserver", command, ready=lambda: processes.answers(f"{listen.api}/readyz", tls))
 
 
 def _start_controller_manager(paths: Layout) -> None:
     kubeconfig, pki = paths.config / "kube-controller-manager.kubeconfig", paths.pki
+    port = paths.endpoints.controller_manager_port
     command: Command = [
         paths.bin / "kube-controller-manager",
         *(f"--{use}kubeconfig={kubeconfig}" for use in ("", "authentication-", "authorization-")),
         "--bind-address=127.0.0.1",
+        f"--secure-port={port}",
         "--leader-elect=false",
         "--use-service-account-credentials",
         f"--service-account-private-key-file={pki}/service-accounts.key",
@@ -88,21 +91,20 @@ def _start_controller_manager(paths: Layout) -> None:
         f"--cluster-cidr={layout.POD_CIDR}",
         f"--service-cluster-ip-range={layout.SERVICE_CIDR}",
     ]
-
-    processes.start(
-        paths, "kube-controller-manager", command, ready=lambda: _healthy("https://127.0.0.1:10257/healthz")
-    )
+    healthy = f"https://127.0.0.1:{port}/healthz"
+    processes.start(paths, "kube-controller-manager", command, ready=lambda: _healthy(healthy))
 
 
 def _start_scheduler(paths: Layout) -> None:
-    kubeconfig = paths.config / "kube-scheduler.kubeconfig"
+    kubeconfig, port = paths.config / "kube-scheduler.kubeconfig", paths.endpoints.scheduler_port
     command: Command = [
         paths.bin / "kube-scheduler",
         *(f"--{use}kubeconfig={kubeconfig}" for use in ("", "authentication-", "authorization-")),
         "--bind-address=127.0.0.1",
+        f"--secure-port={port}",
         "--leader-elect=false",
     ]
-    processes.start(paths, "kube-scheduler", command, ready=lambda: _healthy("https://127.0.0.1:10259/readyz"))
+    processes.start(paths, "kube-scheduler", command, ready=lambda: _healthy(f"https://127.0.0.1:{port}/readyz"))
 
 
 def _healthy(url: str) -> bool:

@@ -19,7 +19,7 @@ from cluster.layout import Layout
 NAME = "pod-discovery"
 URL = f"http://127.0.0.1:{layout.DISCOVERY_PORT}/"
 _SELECTOR = {"labelSelector": "app.kubernetes.io/part-of=qlora-operator", "fieldSelector": "status.phase=Running"}
-_PODS = f"https://{layout.NODE_ADDRESS}:{layout.API_PORT}/api/v1/pods?{urllib.parse.urlencode(_SELECTOR)}"
+_PODS = f"/api/v1/pods?{urllib.parse.urlencode(_SELECTOR)}"
 
 
 def start(paths: Layout) -> None:
@@ -61,7 +61,7 @@ def _serve(paths: Layout) -> None:
         def do_GET(self) -> None:
             """Answer in the format of Prometheus' HTTP service discovery."""
             try:
-                with api.open(_PODS, timeout=5) as response:
+                with api.open(paths.endpoints.api + _PODS, timeout=5) as response:
                     body = json.dumps(targets(json.load(response)["items"])).encode()
             except OSError as error:
                 self.send_error(502, f"the API server does not answer: {error}")

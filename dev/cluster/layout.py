@@ -19,10 +19,7 @@ API_SERVICE_ADDRESS = "10.96.0.1"
 DNS_ADDRESS = "10.96.0.10"
 DNS_DOMAIN = "cluster.local"
 
-API_PORT = 6443
 KUBELET_PORT = 10250
-ETCD_PORT = 2379
-ETCD_PEER_PORT = 2380
 DISCOVERY_PORT = 9091
 PROMETHEUS_PORT = int(os.environ.get("QLORA_PROMETHEUS_PORT", "9090"))
 
@@ -56,10 +53,28 @@ def cache_directory() -> Path:
 
 
 @dataclass(frozen=True)
+class Endpoints:
+    """Where a control plane listens. All but the API server do so on the loopback alone."""
+
+    api_address: str = NODE_ADDRESS
+    api_port: int = 6443
+    etcd_port: int = 2379
+    etcd_peer_port: int = 2380
+    controller_manager_port: int = 10257
+    scheduler_port: int = 10259
+
+    @property
+    def api(self) -> str:
+        """URL of the API server."""
+        return f"https://{self.api_address}:{self.api_port}"
+
+
+@dataclass(frozen=True)
 class Layout:
     """The directories of one clone's cluster, all below the clone's ignored `.cluster/`."""
 
     repository: Path = DEV.parent
+    endpoints: Endpoints = Endpoints()
 
     @property
     def state(self) -> Path:

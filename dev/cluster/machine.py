@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import cgroups, layout, shell
-from cluster.layout import Layout
+from cluster.layout import Endpoints, Layout
 from cluster.shell import ClusterError, run
 
 _RECORD = Path("/run/qlora-operator-cluster.json")
@@ -77,11 +77,11 @@ def forget() -> None:
     _RECORD.unlink(missing_ok=True)
 
 
-def check_ports() -> None:
+def check_ports(listen: Endpoints) -> None:
     """Say which port is taken before a component fails with a less helpful message."""
     ports = {
-        "the API server": (layout.NODE_ADDRESS, layout.API_PORT),
-        "etcd": ("127.0.0.1", layout.ETCD_PORT),
+        "the API server": (listen.api_address, listen.api_port),
+        "etcd": ("127.0.0.1", listen.etcd_port),
         "the kubelet": (layout.NODE_ADDRESS, layout.KUBELET_PORT),
         "pod discovery": ("127.0.0.1", layout.DISCOVERY_PORT),
         "Prometheus": ("127.0.0.1", layout.PROMETHEUS_PORT),

@@ -25,10 +25,7 @@ from cluster.layout import Layout
 from cluster.shell import say, step
 
 DAEMONS = (
-    "etcd",
-    "kube-apiserver",
-    "kube-controller-manager",
-    "kube-scheduler",
+    *controlplane.DAEMONS,
     "containerd",
     "kubelet",
     "kube-proxy",
@@ -75,7 +72,7 @@ def _start(paths: Layout) -> None:
     cgroups.make()
     machine.prepare_network()
     if not any(processes.running(paths, name) for name in DAEMONS):
-        machine.check_ports()
+        machine.check_ports(paths.endpoints)
     node.start_containerd(paths)
     with ThreadPoolExecutor(max_workers=1) as pool:
         *system, trainer = archives

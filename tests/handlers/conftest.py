@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.standalone import control_plane
+from demo.target import Target
 from qlora_operator.experience import CONFIG_MAP
 from tests.handlers.stage import CLAIM, REPOSITORY, OperatorProcess, Stage
 from tests.support.live import Cluster, eventually
@@ -23,28 +25,22 @@ CONFIG = {
 
 
 @pytest.fixture(scope="package")
-def _no_other_operator(cluster: Cluster) -> Iterator[None]:
-    """The installed operator serves all namespaces: it pauses while these tests run."""
-    deployment = ("deployment/qlora-operator", "-n", "qlora-system")
-    installed = cluster.try_kubectl("get", *deployment).returncode == 0
-    if installed:
-        cluster.kubectl("scale", *deployment, "--replicas=0")
-        cluster.kubectl("wait", "pod", "-n", "qlora-system", "--all", "--for=delete", "--timeout=60s")
-    yield
-    if installed:
-        cluster.kubectl("scale", *deployment, "--replicas=1")
-        cluster.kubectl("rollout", "status", *deployment, "--timeout=120s")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A control plane of these tests' own, without nodes, operator or S3; the local cluster isn't touched."""
+    with control_plane(tmp_path_factory.mktemp("control-plane")) as layout:
+        nothing = {"endpoint": "", "host_endpoint": "", "trainer_image": ""}
+        made = Cluster(Target(layout, layout.kubeconfig, operator_image=None, credentials={}, **nothing))
+        made.kubectl("apply", "--server-side", "-f", str(CHART / "crds"))
+        yield made
 
 
 @pytest.fixture(scope="module")
 def stage(
-    cluster: Cluster, _no_other_operator: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stage]:
     """A running operator in a namespace where pods never get a node."""
     name = request.module.__name__.rpartition(".")[2].replace("_", "-")
     directory = tmp_path_factory.mktemp("operator")
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CHART / "crds"))
-    cluster.kubectl("delete", "namespace", name, "--ignore-not-found", "--wait")
     cluster.kubectl("create", "namespace", name)
     cluster.kubectl("-n", name, "apply", "-f", "-", input_text=json.dumps(_claim()))
     config = directory / "config.yaml"
@@ -53,10 +49,6 @@ def stage(
     operator.start()
     yield Stage(cluster, name, operator)
     operator.stop()
-    cluster.kubectl("-n", name, "delete", "qlj", "--all")  # else the installed operator tries to serve them
-    for kind in ("clusterrole", "clusterrolebinding"):
-        cluster.kubectl("delete", kind, f"{name}-{RELEASE}-qlora-operator")
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
 def _claim() -> dict[str, object]:

@@ -22,8 +22,9 @@ H100 = gpus.device("gpu-0", "NVIDIA H100 80GB HBM3", 81559, "9.0")
 
 @pytest.fixture
 def simulation(stage: Stage) -> Iterator[Simulation]:
-    """Nodes that come and go; none is left after the test."""
+    """A node with an L4, and others that come and go; none is left after the test."""
     with Simulation(stage.cluster) as simulated:
+        simulated.add(gpus.whole("sim-l4", "NVIDIA-L4", 1, gpus.SIMULATED))
         yield simulated
 
 
