@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from demo.verify import list_keys
-from tests.e2e.conftest import BUCKET
+from tests.e2e.conftest import BUCKET, tiny_manifest
+from tests.support import tiny
 from tests.support.live import Manifest, Namespace, eventually
 
 LONG = {"training": {"maxSteps": 5000, "saveSteps": 0}}
+
+
+FIRST: dict[str, Manifest] = {
+    "edited": {},
+    "data": {"dataset": {"uri": f"s3://{BUCKET}/v1"}},
+    "same": {},
+    "later": {},
+}
+
+
+@pytest.fixture(scope="module")
+def first_runs(namespace: Namespace, s3: Any, tiny_inputs: Path) -> dict[str, Manifest]:
+    """Statuses of finished jobs, which the tests edit. They run side by side, so that the node is never idle."""
+    s3.put_object(Bucket=BUCKET, Key="v1/rows.jsonl", Body=tiny.jsonl())
+    for name, spec in FIRST.items():
+        namespace.apply(tiny_manifest(namespace, name, spec))
+    return {name: namespace.wait(name, "Complete") for name in FIRST}
 
 
 @pytest.fixture
@@ -29,10 +48,9 @@ def started(namespace: Namespace, manifest: Callable[..., Manifest]) -> Callable
 
 
 def test_a_result_field_starts_a_new_run_and_keeps_the_old_ones_artifacts(
-    namespace: Namespace, manifest: Callable[..., Manifest], s3: Any
+    namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest], s3: Any
 ) -> None:
-    namespace.apply(manifest("edited"))
-    first = namespace.wait("edited", "Complete")
+    first = first_runs["edited"]
     namespace.apply(manifest("edited", {"training": {"learningRate": 1e-3}}))
     namespace.wait_for("edited", "{.status.observedGeneration}=2")
     second = namespace.wait("edited", "Complete")
@@ -45,23 +63,19 @@ def test_a_result_field_starts_a_new_run_and_keeps_the_old_ones_artifacts(
 
 
 def test_a_new_revision_of_the_data_starts_a_new_run(
-    namespace: Namespace, manifest: Callable[..., Manifest], s3: Any
+    namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest], s3: Any
 ) -> None:
-    rows = s3.get_object(Bucket=BUCKET, Key="tiny-data/rows.jsonl")["Body"].read()
-    for revision, content in (("v1", rows), ("v2", rows + rows.splitlines(keepends=True)[0])):
-        s3.put_object(Bucket=BUCKET, Key=f"{revision}/rows.jsonl", Body=content)
-    namespace.apply(manifest("data", {"dataset": {"uri": f"s3://{BUCKET}/v1"}}))
-    first = namespace.wait("data", "Complete")
+    more = tiny.jsonl() + tiny.jsonl().splitlines(keepends=True)[0]
+    s3.put_object(Bucket=BUCKET, Key="v2/rows.jsonl", Body=more)
     namespace.apply(manifest("data", {"dataset": {"uri": f"s3://{BUCKET}/v2"}}))
     namespace.wait_for("data", "{.status.observedGeneration}=2")
-    assert namespace.wait("data", "Complete")["run"]["id"] != first["run"]["id"]
+    assert namespace.wait("data", "Complete")["run"]["id"] != first_runs["data"]["run"]["id"]
 
 
 def test_a_field_that_leaves_the_result_alone_starts_nothing(
-    namespace: Namespace, manifest: Callable[..., Manifest]
+    namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest]
 ) -> None:
-    namespace.apply(manifest("same"))
-    first = namespace.wait("same", "Complete")
+    first = first_runs["same"]
     jobs = {job["metadata"]["name"] for job in namespace.jobs("same")}
     namespace.apply(manifest("same", {"ttlSecondsAfterFinished": 3600, "training": {"microBatchSize": 1}}))
     status = namespace.wait_for("same", "{.status.observedGeneration}=2")
@@ -71,10 +85,9 @@ def test_a_field_that_leaves_the_result_alone_starts_nothing(
 
 
 def test_merging_can_be_asked_for_afterwards_without_training_again(
-    namespace: Namespace, manifest: Callable[..., Manifest]
+    namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest]
 ) -> None:
-    namespace.apply(manifest("later"))
-    first = namespace.wait("later", "Complete")
+    first = first_runs["later"]
     namespace.apply(manifest("later", {"merge": {"enabled": True}}))
     status = namespace.wait_for("later", "{.status.artifacts.merged.uri}")
     namespace.wait("later", "Complete")
