@@ -12,6 +12,9 @@ from qlora_vram.workload import Shape, Workload, workload
 from qlorajob.plan import ModelFacts
 from qlorajob.spec import QLoRAJobSpec
 
+CODE = 2
+"""Raised when the trainer's memory changes, so that what was measured before isn't taken for what is now. 2: the fast
+path's loss holds one chunk of logits instead of two."""
 GPU = next(gpu for gpu in SHIPPED if gpu.name == "H100")
 
 
