@@ -1,4 +1,4 @@
-"""The instruction set: the demo's question, asked about every language of ISO 639-3. `python -m bench.quality.data FILE`."""
+"""The demo's question, asked about every language of ISO 639-3: `python -m bench.quality.data FOLDER` writes the rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 def rows() -> list[dict[str, str]]:
     """One row for each language: nearly 8,000, where the demo has the 180 best known."""
     import pycountry
+
     from demo.dataset import KINDS, QUESTION
 
     return [

@@ -2,9 +2,10 @@
 
     python -m bench.vram.fit [MEASURED.jsonl...] [--held-out] [--keep]
 
-adds new measurements to docs/results/vram/points.json, where older ones stay; writes operator/qlora_vram/calibration.json
-and, beside the points, fit.json, table.md and predicted.svg. The newest measurement of a point counts. Points of
-`points.HELD_OUT`, and those of a file that was taken with --held-out, are never fitted. --keep fits nothing: the shipped constants are judged.
+adds new measurements to docs/results/vram/points.json, where older ones stay; writes calibration.json of qlora_vram and,
+beside the points, fit.json, table.md and predicted.svg. The newest measurement of a point counts. Points of
+`points.HELD_OUT`, and those of a file that was taken with --held-out, are never fitted. --keep fits nothing: the
+shipped constants are judged.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from typing import Any, Literal
 import numpy as np
 
 from bench.vram.plot import scatter
-from bench.vram.points import CODE, HELD_OUT, Point
+from bench.vram.points import HELD_OUT, Point, outdated
 from qlora_vram import calibration
 from qlora_vram.calibration import Calibration
-from qlora_vram.fast import LOGIT_BYTES, LOGIT_ROWS
 from qlora_vram.memory import peak
 from qlora_vram.workload import Workload
 
@@ -137,8 +137,8 @@ def table(points: Sequence[Measured], constants: Calibration) -> str:
         rows = f"{point.rows} x {point.length}{' packed' if point.packing else ''}"
         predicted = peak(work, constants).total
         lines.append(
-            f"| {point.model} | {rows} | {how} | {point.rank} "
-            f"| {work.engine} | {each.driver / 2**30:.2f} | {predicted / 2**30:.2f} | {each.error(constants):+.1%} | {each.use} |"
+            f"| {point.model} | {rows} | {how} | {point.rank} | {work.engine} "
+            f"| {each.driver / 2**30:.2f} | {predicted / 2**30:.2f} | {each.error(constants):+.1%} | {each.use} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -161,13 +161,6 @@ def newest(raw: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     last = {Point.from_json(found["point"]): found for found in raw}
     held_out = {Point.from_json(found["point"]) for found in raw if found.get("heldOut")}
     return [{**found, "heldOut": True} if point in held_out else found for point, found in last.items()]
-
-
-def outdated(workload: Workload, code: int) -> bool:
-    """Whether the trainer's memory has changed since, in a way that a run of this kind shows."""
-    row = max(1, workload.facts.vocabulary * workload.compute_bytes)
-    chunk = max(LOGIT_ROWS, LOGIT_BYTES // row // LOGIT_ROWS * LOGIT_ROWS)
-    return code < CODE and workload.engine == "fast" and workload.tokens > chunk  # 2: one chunk of logits, not two
 
 
 def _committed() -> list[dict[str, Any]]:

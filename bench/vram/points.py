@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_vram.catalog import find
 from qlora_vram.facts import model_facts
+from qlora_vram.fast import LOGIT_BYTES, LOGIT_ROWS
 from qlora_vram.gpus import SHIPPED
 from qlora_vram.workload import Shape, Workload, workload
 from qlorajob.plan import ModelFacts
@@ -167,3 +168,10 @@ HELD_OUT = (
     Point(LLAMA3_8B, 2, 4096, offload=True, rank=64),
 )
 """What they are tried on."""
+
+
+def outdated(workload: Workload, code: int) -> bool:
+    """Whether the trainer's memory has changed since `code`, in a way that a run of this kind shows."""
+    row = max(1, workload.facts.vocabulary * workload.compute_bytes)
+    chunk = max(LOGIT_ROWS, LOGIT_BYTES // row // LOGIT_ROWS * LOGIT_ROWS)
+    return code < CODE and workload.engine == "fast" and workload.tokens > chunk  # 2: one chunk of logits, not two

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.vram.fit import merged, newest, outdated
-from bench.vram.points import CODE, HELD_OUT, LLAMA2_7B, SMOL, Point
+from bench.vram.fit import merged, newest
+from bench.vram.points import CODE, HELD_OUT, LLAMA2_7B, SMOL, Point, outdated
 
 
 def _measured(point: Point, driver: int, **more: Any) -> dict[str, Any]:
