@@ -1,7 +1,8 @@
 """Start-up: from the trainer's process to the end of its first step. `python -m bench.startup [--shape NAME]`.
 
 A model of random weights lies on local disk in 16 bit. The trainer is started as in a pod: with its files read from
-disk (`disk`) or from memory (`memory`), without compiled kernels (`no cache`) or with those of the run before (`cache`).
+disk (`disk`) or from memory (`memory`), without compiled kernels (`no cache`) or with those of the run before it
+(`cache`).
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def _page(name: str, found: dict[str, Any], results: list[Result], options: argp
         f"{name}: {options.steps} steps of {options.rows} × {options.length} tokens of real text, "
         f"{len(options.seeds)} seeds each, on {results[0]['gpu']}. Largest difference of two curves, averaged over "
         f"{WINDOW} steps: ours from the reference recipe at the same seed **{found['distance']:.4f}**, the reference's "
-        f"own from seed to seed **{found['noise']:.4f}**: {'within' if found['within'] else 'NOT within'} its noise. Loss "
-        f"over the last {WINDOW} steps: reference {last['reference']:.4f}, ours {last['ours']:.4f}.\n"
+        f"own from seed to seed **{found['noise']:.4f}**: {'within' if found['within'] else 'NOT within'} its noise. "
+        f"Loss over the last {WINDOW} steps: reference {last['reference']:.4f}, ours {last['ours']:.4f}.\n"
     )
 
 

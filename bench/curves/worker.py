@@ -54,7 +54,7 @@ class Run:
         return rows(self.rows * self.steps, self.length, self.folder)
 
     def spec(self) -> QLoRAJobSpec:
-        """As a manifest says it. One row a sequence and no dropout: the reference recipe does neither, or differently."""
+        """As a manifest says it. One row a sequence and no dropout: in those the trainers differ."""
         return spec_of(
             {
                 "model": {"uri": "hf://bench/random"},

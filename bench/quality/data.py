@@ -1,4 +1,4 @@
-"""The demo's question, asked about every language of ISO 639-3: `python -m bench.quality.data FOLDER` writes the rows."""
+"""The demo's question about every language of ISO 639-3: `python -m bench.quality.data FOLDER` writes the rows."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(recipe: Recipe, steps: int, *, full: bool, tiny: bool) -> dict[str, Any]:
-    """Train with random weights of the recipe's shape. Sizes are in bytes; the step is the median, without the first."""
+    """Train with random weights of the recipe's shape. Sizes are in bytes; the step is the median after the first."""
     began = time.monotonic()
     spec = recipe.spec(steps)
     shape = {**recipe.shape(), **(TINY if tiny else {})}

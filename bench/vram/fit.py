@@ -2,8 +2,8 @@
 
     python -m bench.vram.fit [MEASURED.jsonl...] [--held-out] [--keep]
 
-adds new measurements to docs/results/vram/points.json, where older ones stay; writes calibration.json of qlora_vram and,
-beside the points, fit.json, table.md and predicted.svg. The newest measurement of a point counts. Points of
+adds new measurements to docs/results/vram/points.json, where older ones stay; writes qlora_vram's calibration.json, and
+beside the points fit.json, table.md and predicted.svg. The newest measurement of a point counts. Points of
 `points.HELD_OUT`, and those of a file that was taken with --held-out, are never fitted. --keep fits nothing: the
 shipped constants are judged.
 """

@@ -1,4 +1,4 @@
-"""The trainer on a GPU that grows smaller: `python tests/gpu/short_of_memory.py STEP`, as `python -m qlora_trainer STEP`.
+"""The trainer on a GPU that grows smaller: `short_of_memory.py STEP` is `python -m qlora_trainer STEP`, with a limit.
 
 After step QLORA_TEST_AFTER (0: from the start) torch may take QLORA_TEST_BYTES of the GPU's memory and no more. What it
 raises then is its own out-of-memory error. On a CPU, which has no such limit, micro batches of more than

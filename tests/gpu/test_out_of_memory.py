@@ -1,4 +1,4 @@
-"""A real out-of-memory error in mid-run: the job re-plans, goes on from its checkpoint, and ends as if nothing had been."""
+"""A real out-of-memory error in mid-run: the job re-plans, goes on from its checkpoint, and ends as if nothing was."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_the_losses_are_those_of_a_run_that_had_enough(
     story: Story, case: Scenario, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     output = Path(case.spec.output.uri.removeprefix("file://"))
-    output.rename(output.with_name("short"))  # else it is found there, already trained
+    output.rename(output.with_name("output-of-the-short-run"))  # else it is found there, already trained
     whole = case.run(tmp_path_factory.mktemp("whole"), case.plan)
     assert whole.report.exit_code is ExitCode.DONE
     print("with enough ", [round(loss, 3) for loss in whole.losses.values()])
