@@ -7,7 +7,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 UV_VERSION := 0.13.9
-SOURCES := operator trainer_image dev tests
+SOURCES := operator trainer_image dev tests bench
 export PYTHONPATH := dev
 export PYTHONUNBUFFERED := 1
 

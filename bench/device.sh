@@ -10,7 +10,9 @@ case "$1" in
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl &&
       touch /tmp/site/.done ;;
   weights) python3 -m bench.weights take "$2" /tmp/weights ;;
-  test) python3 -m pytest -c /dev/null --rootdir . --noconftest -q -s -p no:cacheprovider "${@:2}" ;;
+  test)
+    if [ $# -eq 1 ]; then set -- test tests/gpu; fi
+    python3 -m pytest -c /dev/null --rootdir . --noconftest -q -s -p no:cacheprovider "${@:2}" ;;
   one) timeout "${LIMIT:-90}" python3 -m bench.train.worker "${@:2}" ;;
   python) python3 "${@:2}" ;;
 esac

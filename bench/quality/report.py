@@ -45,8 +45,9 @@ def page(results: Sequence[Result], command: str) -> str:
         "",
         f"{setting['model']}, real weights, on ISO 639-3 as an instruction set (the demo's question about every "
         f"language: {one['rows'][0]:,} rows to train, {one['rows'][1]} held out, {one['validationTokens']:,} "
-        f"validation tokens); rank {setting['rank']}, {setting['steps']} steps of {setting['rows']} × {setting['length']} tokens, "
-        f"learning rate {setting['learning_rate']:g}; on {one['device']}. For each seed both kinds begin with the same "
+        f"validation tokens); rank {setting['rank']}, {setting['steps']} steps of {setting['rows']} × "
+        f"{setting['length']} tokens, learning rate {setting['learning_rate']:g}; on {one['device']}. For each seed "
+        "both kinds begin with the same "
         "adapter and see the same rows in the same order, so a difference is the base's 4 bit.",
         "",
         "| seed | 16-bit LoRA: validation loss | QLoRA (NF4): validation loss | difference |",

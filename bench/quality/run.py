@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -110,6 +111,7 @@ def run(kind: Kind, seed: int, setting: Setting) -> dict[str, Any]:
         hardware = Hardware.choose(spec, plan)
         tokenizer = load_tokenizer(Path(setting.model), settings)
         data = load_data(settings, tokenizer)
+        assert data.validation is not None  # noqa: S101 - the spec holds rows out
         model = _base(kind, Path(setting.model), settings, hardware)
         training.seed_everything(seed)  # both kinds begin with the same adapter
         curve = Curve(max(1, setting.steps // setting.looks))
@@ -126,14 +128,15 @@ def run(kind: Kind, seed: int, setting: Setting) -> dict[str, Any]:
         )
         curve.look(0)
         training.train(trainer, seed, None)
+        held_out = [data.validation.documents[index] for index in range(len(data.validation.documents))]
     return {
         "kind": kind,
         "seed": seed,
         "setting": setting.common(),
         "training": curve.training,
         "validation": curve.validation,
-        "rows": [len(data.train.documents), len(data.validation.documents)],  # type: ignore[union-attr]
-        "validationTokens": sum(int((each.labels >= 0).sum()) for each in data.validation.documents),  # type: ignore[union-attr]
+        "rows": [len(data.train.documents), len(held_out)],
+        "validationTokens": sum(int(np.sum(each.labels >= 0)) for each in held_out),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "baseType": "nf4" if kind == "qlora" else str(hardware.compute_dtype).removeprefix("torch."),
         "path": "fast" if trainer.fast is not None else "plain",

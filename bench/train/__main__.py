@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def main() -> None:
         if (variant, case, number) not in done
     ]
     with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(2) as pool:
-        for result in pool.map(lambda each: _measure(*each, turn.name, options), wanted):
+        for result in pool.map(partial(_measure, options, turn.name), wanted):
             results.append(result)
             print(*(result.get(key) for key in ("variant", "case", "tokens_per_second", "error")), flush=True)
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -74,7 +75,8 @@ def _measurements(variants: list[str], cases: list[str]) -> list[tuple[str, str]
     return found
 
 
-def _measure(variant: str, case: str, number: int, turn: str, options: argparse.Namespace) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, turn: str, wanted: tuple[str, str, int]) -> dict[str, Any]:
+    variant, case, number = wanted
     what = {"variant": variant, "case": case, "round": number}
     command = [
         sys.executable, "-m", "bench.train.worker", variant, case,

@@ -51,6 +51,6 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         if not torch.cuda.is_available():
             self._marks.append(time.perf_counter())
             return
-        mark = torch.cuda.Event(enable_timing=True)
+        mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         mark.record()
         self._marks.append(mark)

@@ -213,7 +213,8 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     longest = max(row["length"] for row in rows)
 
     def padded(key: str, value: int) -> torch.Tensor:
-        return torch.tensor([[*row[key], *[value] * (longest - row["length"])] for row in rows])
+        padding = [[value] * (longest - row["length"]) for row in rows]
+        return torch.tensor([[*row[key], *more] for row, more in zip(rows, padding, strict=True)], dtype=torch.long)
 
     mask = torch.tensor([[1] * row["length"] + [0] * (longest - row["length"]) for row in rows])
     return {"input_ids": padded("input_ids", 1), "labels": padded("labels", -100), "attention_mask": mask}

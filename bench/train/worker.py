@@ -9,6 +9,7 @@ import argparse
 import fcntl
 import gc
 import json
+import os
 import time
 import traceback
 from pathlib import Path
@@ -28,6 +29,8 @@ def main() -> None:
     parser.add_argument("--turn", type=Path, help="a file to lock between the imports and the first use of the GPU")
     options = parser.parse_args()
 
+    if options.variant == "ours":  # before CUDA starts, as the trainer does it
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if options.variant == "unsloth":
         import unsloth  # noqa: F401 - it wants to come before transformers
 

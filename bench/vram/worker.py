@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import os
 import subprocess
+from typing import Any
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # `torch.cuda.is_available` without CUDA
 
 import torch
 
 
-def _capability(*_: object) -> tuple[int, int]:
+def _capability(*_: Any) -> tuple[int, int]:
     """The GPU's compute capability without CUDA."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    major, _, minor = subprocess.check_output(command, text=True).splitlines()[0].partition(".")
+    major, _dot, minor = subprocess.check_output(command, text=True).splitlines()[0].partition(".")
     return int(major), int(minor)
 
 
@@ -28,7 +29,7 @@ def _refuse() -> None:
 
 _asked_cuda, _start_cuda = torch.cuda.get_device_capability, torch.cuda._lazy_init
 torch.cuda._lazy_init = _refuse
-torch.cuda.get_device_capability = _capability  # bitsandbytes asks when it is imported
+torch.cuda.get_device_capability = _capability  # type: ignore[assignment] # bitsandbytes asks when it is imported
 
 import json
 import multiprocessing
@@ -36,7 +37,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 
@@ -107,7 +107,7 @@ def measure(point: Point) -> dict[str, Any]:
         reason="a measurement",
     )
     hardware = Hardware.choose(spec, plan)  # first of all: it says how CUDA's memory is managed
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     free, total = torch.cuda.mem_get_info()
     context = total - free
     model = add_adapter(build(_config(point), double_quant=point.double_quant), spec.lora)
