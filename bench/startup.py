@@ -22,7 +22,7 @@ from bench.models import SHAPES
 from qlorajob.errors import ExitCode
 from qlorajob.spec import QLoRAJobSpec
 
-TARGETS = {"disk, no cache": 25.0, "disk, cache": 15.0}
+TARGETS = {"no cache": 25.0, "cache": 15.0}
 """Seconds of issue D, from local disk."""
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     if ran.report.prepared is None:
         raise SystemExit(ran.report.message)
     results = []
-    for files, compiled in (("disk", "no cache"), ("disk", "cache"), ("memory", "no cache"), ("memory", "cache")):
+    for files, compiled in (("memory", "no cache"), ("memory", "cache"), ("disk", "no cache"), ("disk", "cache")):
         if compiled == "no cache":
             shutil.rmtree(options.scratch / "compiled", ignore_errors=True)
         if files == "disk":
@@ -126,8 +126,8 @@ def _write(results: list[dict[str, Any]], folder: Path) -> None:
     ]
     for result in results:
         seconds = " | ".join(f"{result['parts'][part]:.1f}" for part in parts)
-        target = TARGETS.get(result["start"])
-        met = "" if target is None else f"{target:.0f} s: {'met' if result['first step done'] <= target else 'missed'}"
+        target = TARGETS[result["start"].partition(", ")[2]]
+        met = f"{target:.0f} s: {'met' if result['first step done'] <= target else 'missed'}"
         lines.append(f"| {result['start']} | {seconds} | **{result['first step done']:.1f}** | {met} |")
     (folder / "startup.md").write_text("\n".join(lines) + "\n\nSeconds.\n", encoding="utf-8")
 
