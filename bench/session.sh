@@ -31,7 +31,7 @@ part() {
 
 device() { part "$1" "$2" bench/device.sh "${@:3}"; }
 # Lines that are printed one by one are results themselves, whatever ends the part.
-vram() { part vram "$1" bash -c "bench/device.sh python -m bench.vram.worker > '$results/vram/measured.jsonl'"; }
+vram() { part vram "$1" bash -c "bench/device.sh python -m bench.vram.worker >> '$results/vram/measured.jsonl'"; }
 weights() { if [ -d ".bench/part-$1" ]; then device "weights-$1" 90 weights ".bench/part-$1"; fi; }
 
 device "setup-$number" 90 setup
@@ -50,9 +50,10 @@ case "$number" in
     ;;
   3)
     weights 2
-    if [ -f /tmp/weights/model/config.json ]; then
-      device curves-smollm2 110 python -m bench.curves /tmp/weights/model --name smollm2-135m --out "$results/speed"
-      device quality 170 python -m bench.quality --model /tmp/weights/model --data .bench/data/languages.jsonl --out "$results"
+    model=/tmp/weights/SmolLM2-135M-Instruct
+    if [ -f "$model/config.json" ]; then
+      device curves-smollm2 130 python -m bench.curves "$model" --name smollm2-135m --seeds 0 1 --out "$results/speed"
+      device quality 170 python -m bench.quality --model "$model" --data .bench/data/languages.jsonl --out "$results"
     else
       echo "== real weights: not all parts were carried"
     fi

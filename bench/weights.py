@@ -1,7 +1,7 @@
 """Real weights for a machine that nothing reaches, in parts that each travel with a command.
 
     python -m bench.weights pack .bench        here: downloads SmolLM2-135M's GGUF file (98 MB), and cuts it
-    python -m bench.weights take .bench/part-0 DEST    there: keeps a part; once all are there, makes DEST/model of them
+    python -m bench.weights take .bench/part-0 DEST    there: keeps a part; once all are there, makes a model of them
 
 A part is 32 MiB, since about 60 MiB travel with a command. DEST must outlast the commands. The GGUF file's digest is
 checked at the end, so what comes out is what dev/weights.py makes.
@@ -18,6 +18,8 @@ from pathlib import Path
 import weights
 
 PART_BYTES = 32 * 2**20
+MODEL = "SmolLM2-135M-Instruct"
+"""Folder in DEST."""
 
 
 def pack(folder: Path) -> list[Path]:
@@ -54,7 +56,7 @@ def take(part: Path, destination: Path) -> bytes | None:
 
 def model(content: bytes, destination: Path) -> Path:
     """The folder that transformers loads. Raises SystemExit where the parts don't make the file."""
-    folder = destination / "model"
+    folder = destination / MODEL
     if (folder / "config.json").exists():
         return folder
     if hashlib.sha256(content).hexdigest() != weights.GGUF_SHA256:

@@ -24,9 +24,14 @@ def limit() -> None:
     if not torch.cuda.is_available():
         _refuse_large_batches(int(os.environ["QLORA_TEST_ROWS"]))
         return
+    room = int(os.environ["QLORA_TEST_BYTES"])
     torch.cuda.empty_cache()  # what is kept for later would be used without asking
-    share = int(os.environ["QLORA_TEST_BYTES"]) / torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction(share)
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+    try:
+        torch.empty(room + 2**28, dtype=torch.uint8, device="cuda")
+    except torch.OutOfMemoryError:
+        return
+    raise RuntimeError("torch allocates more than the fraction that was set: this tests nothing")
 
 
 def _refuse_large_batches(rows: int) -> None:

@@ -11,7 +11,6 @@ import pytest
 from bench.folders import save_model, save_rows
 from bench.jobs import Ran, run_step, spec_of
 from bench.models import Shape
-from qlora_vram.calibration import Calibration
 from qlora_vram.gpus import SHIPPED, GpuClass
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import plan as plan_for
@@ -95,9 +94,8 @@ def scenario(
     )
     smaller = replan(replan_or_fail(whole, spec, prepared), spec, prepared.facts, (gpu,))
     assert isinstance(smaller, Plan), smaller
-    # Room for the second rung of the ladder and not for the first plan; the context isn't torch's.
-    room = smaller.predicted_peak_bytes - Calibration(0, 0).context_bytes
-    return Scenario(spec, prepared, whole, room, environment)
+    # Room for the ladder's second rung, and not for the first plan. The CUDA context, which isn't torch's, is spare.
+    return Scenario(spec, prepared, whole, smaller.predicted_peak_bytes, environment)
 
 
 def replan_or_fail(plan: Plan, spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
