@@ -41,13 +41,13 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from bench.inputs import rows, tokenizer, training_data
+from bench.jobs import plan_of
 from bench.models import build
 from bench.vram.points import CODE, HELD_OUT, POINTS, Point, outdated
 from qlora_trainer import training
 from qlora_trainer.data import TrainingData
 from qlora_trainer.hardware import Hardware, peak_memory
 from qlora_trainer.model import add_adapter
-from qlorajob.plan import Plan, Requests
 
 torch.cuda.get_device_capability, torch.cuda._lazy_init = _asked_cuda, _start_cuda
 
@@ -94,17 +94,12 @@ def measure(point: Point) -> dict[str, Any]:
     began = time.monotonic()
     spec, facts = point.spec(STEPS), point.facts
     layers = min(point.checkpointed, facts.layers)
-    plan = Plan(
-        gpu_class="bench",
-        gpus=1,
-        predicted_peak_bytes=0,
-        micro_batch_size=point.rows,
-        gradient_accumulation=point.accumulation,
+    plan = plan_of(
+        spec,
+        rows=point.rows,
         checkpointing="none" if not layers else "full" if layers == facts.layers else "partial",
         checkpointed_layers=layers,
         offload_checkpoints=point.offload,
-        requests=Requests(cpu="1", memory="1Gi", ephemeral_storage="1Gi"),
-        reason="a measurement",
     )
     hardware = Hardware.choose(spec, plan)  # first of all: it says how CUDA's memory is managed
     torch.cuda.init()  # type: ignore[no-untyped-call]
