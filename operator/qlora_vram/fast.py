@@ -103,7 +103,7 @@ class FastStep:
 
     @cached_property
     def in_loss(self) -> tuple[Moment, ...]:
-        """Result of the last layer and its norm, over which the gradient is written; and one buffer of some tokens' logits."""
+        """Result of the last layer and its norm, over which the gradient is written; some tokens' logits."""
         row = max(1, self.workload.facts.vocabulary) * self.workload.compute_bytes
         rows = max(LOGIT_ROWS, LOGIT_BYTES // row // LOGIT_ROWS * LOGIT_ROWS)
         return (Moment(2 * self._size(self._layer.hidden), loss=row * min(rows, self.workload.tokens)),)
