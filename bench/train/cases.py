@@ -66,6 +66,8 @@ CASES = {
         _REAL, _auto(_REAL),
         Case("13b-512", "llama-2-13b", 1, 512), Case("70b-512", "llama-2-70b", 1, 512),
         Case("8b-100k", "llama-3-8b", 1, 102_400, rank=32, offload=True),
+        Case("8b-131k", "llama-3-8b", 1, 131_072, rank=32, offload=True),
+        Case("8b-160k", "llama-3-8b", 1, 163_840, rank=32, offload=True),
         Case("tiny", "tiny", 2, 128, dropout=0.05), Case("tiny-real", "tiny-qwen2", 2, 256, mean_length=40),
     )
 }  # fmt: skip

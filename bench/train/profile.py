@@ -35,7 +35,7 @@ def components(trainer: Any, steps: int = 2) -> dict[str, Any]:
     for _ in range(3):
         step()
     torch.cuda.synchronize()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         start.record()
         for _ in range(steps):

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
 
 from bench.inputs import tokenizer, training_data
+from bench.jobs import plan_of
 from bench.models import SHAPES, build
 from bench.train.cases import Case, corpus
 from bench.train.clock import StepClock
@@ -19,7 +20,6 @@ from qlora_trainer import training
 from qlora_trainer.data import TrainingData
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.model import add_adapter
-from qlorajob.plan import Plan, Requests
 from qlorajob.spec import QLoRAJobSpec
 
 
@@ -29,9 +29,17 @@ def run(variant: str, case: Case, steps: int, clock: StepClock) -> dict[str, Any
 
 
 def _ours(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
-    spec, plan = _spec(case, steps), _plan(case)
+    spec = _spec(case, steps)
+    plan = plan_of(
+        spec,
+        rows=case.rows,
+        gpus=int(torch.cuda.is_available()),
+        checkpointing=case.checkpointing,
+        checkpointed_layers=case.layers,
+        offload_checkpoints=case.offload,
+    )
     hardware = Hardware.choose(spec, plan)
-    model = build(SHAPES[case.shape], double_quant=case.double_quant)
+    model = _model(case)
     model = add_adapter(model, spec.lora)
     data = _data(case, steps)
     trainer = training.make_trainer(
@@ -81,31 +89,25 @@ def _spec(case: Case, steps: int) -> QLoRAJobSpec:
     )
 
 
-def _plan(case: Case) -> Plan:
-    return Plan(
-        gpu_class="bench",
-        gpus=1,
-        predicted_peak_bytes=0,
-        micro_batch_size=case.rows,
-        gradient_accumulation=1,
-        checkpointing=case.checkpointing,  # type: ignore[arg-type]
-        checkpointed_layers=case.layers,
-        offload_checkpoints=case.offload,
-        requests=Requests(cpu="1", memory="1Gi", ephemeral_storage="1Gi"),
-        reason="a measurement",
-    )
+def _model(case: Case) -> Any:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return build(SHAPES[case.shape], double_quant=case.double_quant, device=device, max_length=case.length)
 
 
 def _data(case: Case, steps: int) -> TrainingData:
     """Enough rows for all steps; packed where their lengths differ."""
-    rows = case.rows * steps * (case.length // case.mean_length + 1 if case.mean_length else 1)
-    made = corpus(case, rows, SHAPES[case.shape].vocabulary)
+    made = corpus(case, _rows(case, steps), SHAPES[case.shape].vocabulary)
     return training_data(made, capacity=case.length if case.mean_length else None)
+
+
+def _rows(case: Case, steps: int) -> int:
+    """Rows that are enough for all steps, packed where their lengths differ."""
+    return case.rows * steps * (case.length // case.mean_length + 1 if case.mean_length else 1)
 
 
 def _reference(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
     """The recipe of the QLoRA write-ups: prepare_model_for_kbit_training, PEFT, transformers' Trainer."""
-    model = build(SHAPES[case.shape], double_quant=case.double_quant)
+    model = _model(case)
     model = prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
@@ -121,7 +123,7 @@ def _unsloth(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
     class Loader:
         @staticmethod
         def from_pretrained(*_: Any, **__: Any) -> Any:
-            return build(SHAPES[case.shape], double_quant=case.double_quant)
+            return _model(case)
 
     unsloth.models.llama.AutoModelForCausalLM = Loader
     folder = tempfile.mkdtemp()
@@ -140,7 +142,26 @@ def _unsloth(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
         use_gradient_checkpointing=os.environ.get("UNSLOTH_CHECKPOINTING", "unsloth") or False,
         max_seq_length=case.length,
     )
-    return _transformers(model, case, steps, clock)
+    return (_trl_packed if case.mean_length else _transformers)(model, case, steps, clock)
+
+
+def _trl_packed(model: Any, case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
+    """Unsloth's own packing: TRL's trainer, which Unsloth patches, packs the rows and hands on where each ends."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    made = corpus(case, _rows(case, steps), SHAPES[case.shape].vocabulary)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(packing=True, max_length=case.length, **_arguments(case, steps)),
+        train_dataset=Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in made]),
+        processing_class=tokenizer(),
+        callbacks=[clock],
+    )
+    sequences = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    packed = max(sequences) > max(map(len, (row["input_ids"] for row in made))) or len(sequences) < len(made)
+    trainer.train()
+    return {"tokens": case.rows * sum(sequences) / len(sequences), "packed": packed, "trainer": trainer}
 
 
 def _lora(case: Case) -> LoraConfig:
@@ -159,33 +180,41 @@ def _transformers(model: Any, case: Case, steps: int, clock: StepClock) -> dict[
     for row in rows:
         row["length"] = len(row["input_ids"])
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=steps,
-        per_device_train_batch_size=case.rows,
         train_sampling_strategy="group_by_length" if case.mean_length else "random",
-        learning_rate=2e-4,
-        warmup_steps=max(1, steps * 3 // 100),
-        lr_scheduler_type="cosine",
-        optim=case.optimizer,
-        max_grad_norm=0.3,
-        bf16=True,
-        logging_steps=steps,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         remove_unused_columns=False,
-        seed=0,
+        **_arguments(case, steps),
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_collate, callbacks=[clock])
     trainer.train()
     return {"tokens": sum(row["length"] for row in rows) / steps, "trainer": trainer}
 
 
+def _arguments(case: Case, steps: int) -> dict[str, Any]:
+    """What transformers' and TRL's trainers are told alike."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": steps,
+        "per_device_train_batch_size": case.rows,
+        "learning_rate": 2e-4,
+        "warmup_steps": max(1, steps * 3 // 100),
+        "lr_scheduler_type": "cosine",
+        "optim": case.optimizer if torch.cuda.is_available() else "adamw_torch",
+        "max_grad_norm": 0.3,
+        "bf16": torch.cuda.is_available(),
+        "logging_steps": steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
 def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     longest = max(row["length"] for row in rows)
 
     def padded(key: str, value: int) -> torch.Tensor:
-        return torch.tensor([[*row[key], *[value] * (longest - row["length"])] for row in rows])
+        padding = [[value] * (longest - row["length"]) for row in rows]
+        return torch.tensor([[*row[key], *more] for row, more in zip(rows, padding, strict=True)], dtype=torch.long)
 
     mask = torch.tensor([[1] * row["length"] + [0] * (longest - row["length"]) for row in rows])
     return {"input_ids": padded("input_ids", 1), "labels": padded("labels", -100), "attention_mask": mask}

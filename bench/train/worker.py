@@ -9,6 +9,7 @@ import argparse
 import fcntl
 import gc
 import json
+import os
 import time
 import traceback
 from pathlib import Path
@@ -28,6 +29,8 @@ def main() -> None:
     parser.add_argument("--turn", type=Path, help="a file to lock between the imports and the first use of the GPU")
     options = parser.parse_args()
 
+    if options.variant == "ours":  # before CUDA starts, as the trainer does it
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if options.variant == "unsloth":
         import unsloth  # noqa: F401 - it wants to come before transformers
 
@@ -47,7 +50,8 @@ def main() -> None:
             result = {"variant": options.variant, "case": name, "error": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps({**result, "import_seconds": imported}), flush=True)
         gc.collect()
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def measure(variant: str, name: str, steps: int, warmup: int, *, profile: bool) -> dict[str, Any]:
@@ -62,13 +66,15 @@ def measure(variant: str, name: str, steps: int, warmup: int, *, profile: bool) 
 
     case = CASES[name]
     torch.manual_seed(0)
-    torch.cuda.reset_peak_memory_stats()
+    on_gpu = torch.cuda.is_available()  # without one, a tiny case tries this code and measures nothing of worth
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     clock = StepClock(warmup)
     began = time.monotonic()
     found = run(variant, case, steps, clock)
     trainer = found.pop("trainer")
     seconds = clock.median()
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
     result = {
         "variant": variant,
         "case": name,
@@ -76,13 +82,13 @@ def measure(variant: str, name: str, steps: int, warmup: int, *, profile: bool) 
         "step_seconds": round(seconds, 5),
         "fastest_step": round(min(clock.seconds()), 5),
         "tokens_per_second": round(found["tokens"] / seconds, 1),
-        "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else 0,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else 0,
         "driver_gib": round((total - free) / 2**30, 2),
         "loss": clock.losses[-1] if clock.losses else None,
         "bound_tokens_per_second": round(790e12 / (4 * SHAPES[case.shape].multiplied)),
         "seconds": round(time.monotonic() - began, 1),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else "CPU",
     }
     if profile:
         result["profile"] = components(trainer)

@@ -1,24 +1,26 @@
 """Fits what no tensor tells, the CUDA context and the allocator's slack, to measured peaks; and says how good that is.
 
-    python -m bench.vram.fit [MEASURED.jsonl]
+    python -m bench.vram.fit [MEASURED.jsonl...] [--held-out] [--keep]
 
-reads the points of docs/results/vram/points.json (after taking over new measurements, where a file is named), writes
-operator/qlora_vram/calibration.json, and beside the points fit.json, table.md and predicted.svg.
+adds new measurements to docs/results/vram/points.json, where older ones stay; writes qlora_vram's calibration.json, and
+beside the points fit.json, table.md and predicted.svg. The newest measurement of a point counts. Points of
+`points.HELD_OUT`, and those of a file that was taken with --held-out, are never fitted. --keep fits nothing: the
+shipped constants are judged.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bench.vram.plot import scatter
-from bench.vram.points import HELD_OUT, Point
+from bench.vram.points import HELD_OUT, Point, outdated
 from qlora_vram import calibration
 from qlora_vram.calibration import Calibration
 from qlora_vram.memory import peak
@@ -31,6 +33,9 @@ SLACKS = np.linspace(0, 0.4, 161)
 FOLDS = 5
 
 
+Use = Literal["fitted", "held out", "outdated"]
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """A point and what the driver counted at its end, in bytes."""
@@ -38,6 +43,8 @@ class Measured:
     point: Point
     workload: Workload
     driver: int
+    use: Use = "fitted"
+    """Outdated: the trainer has changed since, in what this point measures."""
 
     def error(self, constants: Calibration) -> float:
         """Relative error of the prediction; negative where it is too small."""
@@ -45,12 +52,18 @@ class Measured:
 
 
 def main() -> None:
-    """Fit, cross-validate, write."""
-    raw = json.loads((RESULTS / "points.json").read_text(encoding="utf-8")) if len(sys.argv) < 2 else _take(sys.argv[1])
-    measured = [_read(found) for found in raw if "driver" in found]
-    held_out = [each for each in measured if each.point in HELD_OUT]
-    fitted = [each for each in measured if each.point not in HELD_OUT]
-    constants = fit(fitted)
+    """Take over, fit, cross-validate, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="what bench.vram.worker printed")
+    parser.add_argument("--held-out", action="store_true", help="try the constants on these points, don't fit them")
+    parser.add_argument("--keep", action="store_true", help="leave the constants as they are")
+    options = parser.parse_args()
+    raw = merged(_committed(), (_lines(path) for path in options.files), held_out=options.held_out)
+    (RESULTS / "points.json").write_text(_as_text(raw), encoding="utf-8")
+    measured = [_read(found) for found in newest(raw)]
+    held_out = [each for each in measured if each.use == "held out"]
+    fitted = [each for each in measured if each.use == "fitted"]
+    constants = calibration.shipped() if options.keep else fit(fitted)
     crossed = cross_validate(fitted)
     summary = {
         "contextBytes": constants.context_bytes,
@@ -59,6 +72,7 @@ def main() -> None:
         "fitted": quality([each.error(constants) for each in fitted]),
         "crossValidated": quality(crossed),
         "heldOut": quality([each.error(constants) for each in held_out]),
+        "outdated": sum(each.use == "outdated" for each in measured),
     }
     shipped = {"contextBytes": constants.context_bytes, "slackShare": constants.slack_share}
     calibration.FILE.write_text(json.dumps(shipped, indent=2) + "\n", encoding="utf-8")
@@ -114,8 +128,8 @@ def quality(errors: Sequence[float]) -> dict[str, Any]:
 def table(points: Sequence[Measured], constants: Calibration) -> str:
     """All points as a Markdown table."""
     lines = [
-        "| model | rows x length | checkpointed | rank | path | driver GiB | predicted GiB | error |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | rows x length | checkpointed | rank | path | driver GiB | predicted GiB | error | use |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for each in points:
         point, work = each.point, each.workload
@@ -123,26 +137,54 @@ def table(points: Sequence[Measured], constants: Calibration) -> str:
         rows = f"{point.rows} x {point.length}{' packed' if point.packing else ''}"
         predicted = peak(work, constants).total
         lines.append(
-            f"| {point.model} | {rows} | {how} | {point.rank} "
-            f"| {work.engine} | {each.driver / 2**30:.2f} | {predicted / 2**30:.2f} | {each.error(constants):+.1%} |"
+            f"| {point.model} | {rows} | {how} | {point.rank} | {work.engine} "
+            f"| {each.driver / 2**30:.2f} | {predicted / 2**30:.2f} | {each.error(constants):+.1%} | {each.use} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _take(name: str) -> list[dict[str, Any]]:
-    """New measurements become the committed points."""
-    lines = Path(name).read_text(encoding="utf-8").splitlines()
-    raw: list[dict[str, Any]] = [json.loads(line) for line in lines if line.startswith('{"point"')]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    text = "[\n" + ",\n".join(json.dumps(found) for found in raw) + "\n]\n"
-    (RESULTS / "points.json").write_text(text, encoding="utf-8")
-    return raw
+def merged(
+    old: Sequence[dict[str, Any]], files: Iterable[Sequence[dict[str, Any]]], *, held_out: bool = False
+) -> list[dict[str, Any]]:
+    """All measurements, the new ones last; none twice. Those that failed are left out."""
+    found = list(old)
+    for each in files:
+        for new in each:
+            if "driver" in new:
+                new = {**new, "heldOut": True} if held_out or Point.from_json(new["point"]) in HELD_OUT else new
+                found += [] if new in found else [new]
+    return found
+
+
+def newest(raw: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last measurement of each point. A point that was held out once stays so."""
+    last = {Point.from_json(found["point"]): found for found in raw}
+    held_out = {Point.from_json(found["point"]) for found in raw if found.get("heldOut")}
+    return [{**found, "heldOut": True} if point in held_out else found for point, found in last.items()]
+
+
+def _committed() -> list[dict[str, Any]]:
+    path = RESULTS / "points.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.startswith('{"point"')]
+
+
+def _as_text(raw: Sequence[dict[str, Any]]) -> str:
+    return "[\n" + ",\n".join(json.dumps(found) for found in raw) + "\n]\n"
 
 
 def _read(found: dict[str, Any]) -> Measured:
     point = Point.from_json(found["point"])
     # The path that was taken: a family may be covered and the way in which bench.models sets up this config not.
-    return Measured(point, replace(point.workload(), engine=found["engine"]), found["driver"])
+    work = replace(point.workload(), engine=found["engine"])
+    stale = outdated(work, found.get("code", 1))
+    return Measured(
+        point, work, found["driver"], "outdated" if stale else "held out" if found.get("heldOut") else "fitted"
+    )
 
 
 if __name__ == "__main__":

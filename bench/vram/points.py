@@ -7,11 +7,15 @@ from typing import Any
 
 from qlora_vram.catalog import find
 from qlora_vram.facts import model_facts
+from qlora_vram.fast import LOGIT_BYTES, LOGIT_ROWS
 from qlora_vram.gpus import SHIPPED
 from qlora_vram.workload import Shape, Workload, workload
 from qlorajob.plan import ModelFacts
 from qlorajob.spec import QLoRAJobSpec
 
+CODE = 2
+"""Raised when the trainer's memory changes, so that what was measured before isn't taken for what is now. 2: the fast
+path's loss holds one chunk of logits instead of two."""
 GPU = next(gpu for gpu in SHIPPED if gpu.name == "H100")
 
 
@@ -164,3 +168,10 @@ HELD_OUT = (
     Point(LLAMA3_8B, 2, 4096, offload=True, rank=64),
 )
 """What they are tried on."""
+
+
+def outdated(workload: Workload, code: int) -> bool:
+    """Whether the trainer's memory has changed since `code`, in a way that a run of this kind shows."""
+    row = max(1, workload.facts.vocabulary * workload.compute_bytes)
+    chunk = max(LOGIT_ROWS, LOGIT_BYTES // row // LOGIT_ROWS * LOGIT_ROWS)
+    return code < CODE and workload.engine == "fast" and workload.tokens > chunk  # 2: one chunk of logits, not two

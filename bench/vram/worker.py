@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import os
 import subprocess
+from typing import Any
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # `torch.cuda.is_available` without CUDA
 
 import torch
 
 
-def _capability(*_: object) -> tuple[int, int]:
+def _capability(*_: Any) -> tuple[int, int]:
     """The GPU's compute capability without CUDA."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    major, _, minor = subprocess.check_output(command, text=True).splitlines()[0].partition(".")
+    major, _dot, minor = subprocess.check_output(command, text=True).splitlines()[0].partition(".")
     return int(major), int(minor)
 
 
@@ -28,7 +29,7 @@ def _refuse() -> None:
 
 _asked_cuda, _start_cuda = torch.cuda.get_device_capability, torch.cuda._lazy_init
 torch.cuda._lazy_init = _refuse
-torch.cuda.get_device_capability = _capability  # bitsandbytes asks when it is imported
+torch.cuda.get_device_capability = _capability  # type: ignore[assignment] # bitsandbytes asks when it is imported
 
 import json
 import multiprocessing
@@ -36,18 +37,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 
 from bench.inputs import rows, tokenizer, training_data
+from bench.jobs import plan_of
 from bench.models import build
-from bench.vram.points import HELD_OUT, POINTS, Point
+from bench.vram.points import CODE, HELD_OUT, POINTS, Point, outdated
 from qlora_trainer import training
 from qlora_trainer.data import TrainingData
 from qlora_trainer.hardware import Hardware, peak_memory
 from qlora_trainer.model import add_adapter
-from qlorajob.plan import Plan, Requests
 
 torch.cuda.get_device_capability, torch.cuda._lazy_init = _asked_cuda, _start_cuda
 
@@ -59,11 +59,12 @@ LIMIT = 120.0
 
 def main() -> None:
     """Measure the points of a file, or of this project's list."""
-    points: tuple[Point, ...] = (*POINTS, *HELD_OUT)
+    # What hasn't been measured yet comes first, should the time run out; then what the trainer has outgrown.
+    points = (*HELD_OUT, *sorted(POINTS, key=lambda point: not outdated(point.workload(), CODE - 1)))
     if len(sys.argv) > 1:
         points = tuple(Point.from_json(found) for found in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     for point in points:
-        print(json.dumps({"point": point.to_json(), **_in_a_process(point)}), flush=True)
+        print(json.dumps({"point": point.to_json(), "code": CODE, **_in_a_process(point)}), flush=True)
 
 
 def _in_a_process(point: Point) -> dict[str, Any]:
@@ -93,20 +94,15 @@ def measure(point: Point) -> dict[str, Any]:
     began = time.monotonic()
     spec, facts = point.spec(STEPS), point.facts
     layers = min(point.checkpointed, facts.layers)
-    plan = Plan(
-        gpu_class="bench",
-        gpus=1,
-        predicted_peak_bytes=0,
-        micro_batch_size=point.rows,
-        gradient_accumulation=point.accumulation,
+    plan = plan_of(
+        spec,
+        rows=point.rows,
         checkpointing="none" if not layers else "full" if layers == facts.layers else "partial",
         checkpointed_layers=layers,
         offload_checkpoints=point.offload,
-        requests=Requests(cpu="1", memory="1Gi", ephemeral_storage="1Gi"),
-        reason="a measurement",
     )
     hardware = Hardware.choose(spec, plan)  # first of all: it says how CUDA's memory is managed
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     free, total = torch.cuda.mem_get_info()
     context = total - free
     model = add_adapter(build(_config(point), double_quant=point.double_quant), spec.lora)

@@ -103,10 +103,7 @@ class FastStep:
 
     @cached_property
     def in_loss(self) -> tuple[Moment, ...]:
-        """Result of the last layer and its norm, over which the gradient is written; and some tokens' logits.
-
-        The logits of the tokens before them go when these are there.
-        """
+        """Result of the last layer and its norm, over which the gradient is written; some tokens' logits."""
         row = max(1, self.workload.facts.vocabulary) * self.workload.compute_bytes
         rows = max(LOGIT_ROWS, LOGIT_BYTES // row // LOGIT_ROWS * LOGIT_ROWS)
-        return (Moment(2 * self._size(self._layer.hidden), loss=row * min(2 * rows, self.workload.tokens)),)
+        return (Moment(2 * self._size(self._layer.hidden), loss=row * min(rows, self.workload.tokens)),)

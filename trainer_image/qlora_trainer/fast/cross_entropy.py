@@ -39,9 +39,11 @@ class NormedHeadLoss(torch.autograd.Function):
         normed, rstd = rms_norm(hidden, norm, eps)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         rows = chunk_rows(len(weight), weight.element_size())
+        # One for all chunks: with a tensor for each, the one before would still be there while the next is made.
+        buffer = normed.new_empty(min(rows, len(hidden)), len(weight))
         for start in range(0, len(hidden), rows):
             part = normed[start : start + rows]
-            logits = part @ weight.T
+            logits = torch.mm(part, weight.T, out=buffer[: len(part)])
             cross_entropy_(logits, labels[start : start + rows], losses[start : start + rows])
             if ctx.needs_input_grad[0]:
                 torch.mm(logits, weight, out=part)

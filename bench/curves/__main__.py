@@ -1,0 +1,87 @@
+"""Loss curves of ours and of the reference recipe: `python -m bench.curves MODEL [--name NAME] [--seeds 0 1 2]`.
+
+MODEL is a shape of bench.models (random weights) or a folder with real ones. A process for each trainer. Writes
+curves-NAME.json, .svg and .md with the verdict: is the difference within the reference's own, from seed to seed?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.curves.verdict import WINDOW, Result, verdict
+
+
+def main() -> None:
+    """Run both, and judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--name", help="(default: the model's)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--limit", type=int, default=240, help="seconds that one trainer's runs may take")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/speed"))
+    options = parser.parse_args()
+    name = options.name or Path(options.model).name
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for variant in ("ours", "reference"):
+        results += _runs(variant, options)
+        text = "[\n" + ",\n".join(json.dumps(result) for result in results) + "\n]\n"
+        (options.out / f"curves-{name}.json").write_text(text, encoding="utf-8")
+    found = verdict(results)
+    (options.out / f"curves-{name}.md").write_text(_page(name, found, results, options), encoding="utf-8")
+    _picture(results, options.out / f"curves-{name}.svg")
+    print(name, json.dumps(found))
+
+
+def _runs(variant: str, options: argparse.Namespace) -> list[Result]:
+    command = [
+        sys.executable, "-m", "bench.curves.worker", variant, options.model, "--steps", str(options.steps),
+        "--rows", str(options.rows), "--length", str(options.length), "--seeds", *map(str, options.seeds),
+    ]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
+    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    if len(found) != len(options.seeds):
+        raise SystemExit(f"{variant}: {ran.stderr[-1500:]}")
+    return found
+
+
+def _page(name: str, found: dict[str, Any], results: list[Result], options: argparse.Namespace) -> str:
+    last = found["lastLosses"]
+    return (
+        f"{name}: {options.steps} steps of {options.rows} × {options.length} tokens of real text, "
+        f"{len(options.seeds)} seeds each, on {results[0]['gpu']}. Largest difference of two curves, averaged over "
+        f"{WINDOW} steps: ours from the reference recipe at the same seed **{found['distance']:.4f}**, the reference's "
+        f"own from seed to seed **{found['noise']:.4f}**: {'within' if found['within'] else 'NOT within'} its noise. "
+        f"Loss over the last {WINDOW} steps: reference {last['reference']:.4f}, ours {last['ours']:.4f}.\n"
+    )
+
+
+def _picture(results: list[Result], path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same results make the same file
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for result in results:
+        colour = "tab:orange" if result["variant"] == "ours" else "tab:blue"
+        label = result["variant"] if result["seed"] == results[0]["seed"] else None
+        axes.plot(
+            range(1, len(result["losses"]) + 1), result["losses"], color=colour, alpha=0.6, linewidth=1, label=label
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("training loss (nats a token)")
+    axes.legend()
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

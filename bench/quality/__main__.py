@@ -1,0 +1,75 @@
+"""QLoRA against 16-bit LoRA on real weights: `python -m bench.quality [--seeds 1 2 3] [--steps N] …`.
+
+Every run's result is a file of its own, and a run whose file is there, under the same settings, isn't run again: what
+was cut off goes on. Runs on a GPU where there is one, else on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from bench.quality import data
+from bench.quality.report import page, picture
+from bench.quality.run import Kind, Setting, run
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-operator"
+MODEL = CACHE / "models" / "SmolLM2-135M-Instruct"
+"""Where dev/weights.py leaves it."""
+
+
+def main() -> None:
+    """Run what isn't there yet; write the page when every seed has both kinds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument(
+        "--model", default=str(MODEL), help="a folder (default: SmolLM2-135M-Instruct of dev/weights.py)"
+    )
+    parser.add_argument("--data", help="JSON Lines (default: made here, by bench.quality.data)")
+    for name in ("steps", "rows", "length", "rank", "looks"):
+        parser.add_argument(f"--{name}", type=int, default=_default(name))
+    parser.add_argument("--learning-rate", type=float, default=_default("learning_rate"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of quality.md and quality/")
+    options = parser.parse_args()
+    folder = options.out / "quality"
+    folder.mkdir(parents=True, exist_ok=True)
+    setting = Setting(
+        model=options.model, data=options.data or str(data.write(CACHE)), steps=options.steps, rows=options.rows,
+        length=options.length, rank=options.rank, looks=options.looks, learning_rate=options.learning_rate,
+    )  # fmt: skip
+    results = [_result(kind, seed, setting, folder) for seed in options.seeds for kind in get_args(Kind)]
+    (options.out / "quality.md").write_text(page(results, _command(setting, options.seeds)), encoding="utf-8")
+    picture(results, folder / "curves.svg")
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(Setting) if field.name == name)
+
+
+def _result(kind: Kind, seed: int, setting: Setting, folder: Path) -> dict[str, Any]:
+    path = folder / f"{kind}-{seed}.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found["setting"] == setting.common():
+            return found
+    result = run(kind, seed, setting)
+    path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    print(kind, seed, "validation", result["validation"], f"{result['seconds']} s", flush=True)
+    return result
+
+
+def _command(setting: Setting, seeds: list[int]) -> str:
+    changed = [
+        f" --{field.name.replace('_', '-')} {getattr(setting, field.name)}"
+        for field in fields(Setting)
+        if field.name not in ("model", "data") and getattr(setting, field.name) != field.default
+    ]
+    return f"python -m bench.quality --seeds {' '.join(map(str, seeds))}{''.join(changed)}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The five recipes of examples/ at their real shapes: memory and speed beside what their authors claim."""

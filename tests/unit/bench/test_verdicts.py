@@ -1,0 +1,80 @@
+"""Verdicts that benchmarks reach by themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.curves.text import rows
+from bench.curves.verdict import distance
+from bench.curves.verdict import verdict as judge
+from bench.quality.report import page
+from bench.quality.report import verdict as level
+from bench.recipes.cases import RECIPES
+
+STEPS = 30
+
+
+def _curve(variant: str, seed: int, shift: float = 0.0, order: int = 1) -> dict[str, Any]:
+    return {"variant": variant, "seed": seed, "losses": [3 + shift] * STEPS, "order": [order] * STEPS}
+
+
+def test_a_curve_as_near_as_another_seed_is_within_the_noise() -> None:
+    found = judge([_curve("reference", 0), _curve("reference", 1, 0.02), _curve("ours", 0, 0.01)])
+    assert found["within"]
+    assert (found["distance"], found["noise"]) == (pytest.approx(0.01), pytest.approx(0.02))
+
+
+def test_a_curve_that_is_further_away_than_another_seed_is_not() -> None:
+    assert not judge([_curve("reference", 0), _curve("reference", 1, 0.02), _curve("ours", 0, 0.03)])["within"]
+
+
+def test_curves_over_other_rows_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="another order"):
+        judge([_curve("reference", 0), _curve("reference", 1), _curve("ours", 0, order=2)])
+
+
+def test_without_a_second_seed_there_is_no_noise_to_compare_with() -> None:
+    with pytest.raises(ValueError, match="two seeds"):
+        judge([_curve("reference", 0), _curve("ours", 0)])
+
+
+def test_one_bad_batch_is_not_a_distance_but_a_lasting_one_is() -> None:
+    base = [3.0] * STEPS
+    once, lasting = list(base), [3.0] * (STEPS - 10) + [3.1] * 10
+    once[5] = 3.1
+    assert distance(base, once) == pytest.approx(0.01)
+    assert distance(base, lasting) == pytest.approx(0.1)
+
+
+def _quality(kind: str, seed: int, loss: float) -> dict[str, Any]:
+    setting = {"model": "m", "rank": 16, "steps": 2, "rows": 4, "length": 64, "learning_rate": 1e-3}
+    return {
+        "kind": kind, "seed": seed, "setting": setting, "validation": [(0, 3.0), (2, loss)], "rows": [10, 2],
+        "validationTokens": 50, "device": "CPU",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "word"), [(2.015, "met"), (2.03, "missed"), (1.97, "missed")])
+def test_qlora_is_level_when_the_means_differ_by_one_per_cent_at_most(loss: float, word: str) -> None:
+    results = [_quality(kind, seed, 2.0 if kind == "lora" else loss) for kind in ("lora", "qlora") for seed in (1, 2)]
+    assert level(results)[0] == pytest.approx(loss / 2 - 1)
+    assert f"within 1%: **{word}**" in page(results, "a command")
+
+
+def test_text_is_cut_into_rows_of_one_length_whose_first_token_is_not_learnt() -> None:
+    found = rows(3, 50, None)
+    assert [len(row["input_ids"]) for row in found] == [50] * 3
+    assert found[0]["labels"][0] == -100
+    assert (found[0]["labels"][1:] == found[0]["input_ids"][1:]).all()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_recipe_keeps_its_manifest_s_settings_but_for_the_number_of_steps(recipe: Any) -> None:
+    training = recipe.spec(30).training
+    assert (training.max_steps, training.epochs, training.save_steps) == (30, None, 0)
+    assert recipe.spec(30).lora.rank == {"r0": 8, "r1": 64, "r2": 16, "r3": 64, "r4": 8}[recipe.name]
+    lengths = recipe.lengths(5000, training.max_sequence_length, full=False)
+    assert max(lengths) <= training.max_sequence_length
+    assert sum(lengths) / len(lengths) == pytest.approx(recipe.mean_length, rel=0.15)
