@@ -55,9 +55,9 @@ class Runtime:
         self.queue.add(key)
 
     def gpus_changed(self) -> None:
-        """Look again at every job that has no plan for want of a GPU."""
+        """Look again at every job that can't start for want of a GPU."""
         for key in self._store:
-            if is_stalled_without_plan(self._store.qlorajob(key) or {}):
+            if is_stalled_without_job(self._store.qlorajob(key) or {}):
                 self.queue.add(key)
 
     async def start(self) -> None:
@@ -94,11 +94,11 @@ def phases(store: Store) -> list[NamespacePhase]:
     return found
 
 
-def is_stalled_without_plan(raw: Raw) -> bool:
-    """It has been prepared, and waits."""
+def is_stalled_without_job(raw: Raw) -> bool:
+    """It has been prepared, and waits. It may have a plan, whose GPUs are gone."""
     status: Raw = raw.get("status") or {}
     stalled = any(c["type"] == "Stalled" and c["status"] == "True" for c in status.get("conditions") or ())
-    return stalled and bool(status.get("prepared")) and not status.get("plan")
+    return stalled and bool(status.get("prepared")) and not status.get("job")
 
 
 @kopf.on.startup()

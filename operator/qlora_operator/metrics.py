@@ -78,8 +78,11 @@ class Metrics:
     def record(self, measurements: Iterable[Measurement]) -> None:
         """What one decision measured."""
         for measurement in measurements:
-            histogram: Histogram = getattr(self, measurement.name)
-            histogram.observe(measurement.value)
+            metric: Histogram | Counter = getattr(self, measurement.name)
+            if isinstance(metric, Counter):
+                metric.inc(measurement.value)
+            else:
+                metric.observe(measurement.value)
 
     def render(self) -> bytes:
         """The exposition text."""

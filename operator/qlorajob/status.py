@@ -58,6 +58,10 @@ class RunStatus(ContractModel):
     """When the first training Job was created."""
     finished_at: AwareDatetime | None = None
     """When the run ended."""
+    plan_key: Annotated[str, Field(max_length=64)] | None = None
+    """Digest of the spec fields that status.plan was made for."""
+    replans: Annotated[int, Field(ge=0)] = 0
+    """How often the run was out of GPU memory and got a smaller plan; an edit of what is planned begins anew."""
 
 
 class SavedCheckpoint(ContractModel):
