@@ -64,7 +64,7 @@ class OperatorConfig(ConfigModel):
     """First wait after a failed call to the API server; doubles up to retryBackoffMaxSeconds."""
     retry_backoff_max_seconds: Annotated[float, Field(gt=0)] = 60.0
     termination_grace_period_seconds: Annotated[int, Field(ge=1)] = 120
-    """Time for a checkpoint and its upload when a pod is asked to stop."""
+    """Least time for a checkpoint and its upload when a pod is asked to stop; training pods get more where they need it."""
     minimum_ttl_seconds: Annotated[int, Field(ge=0)] = 60
     """Finished Jobs live at least this long, so that the operator can read how they ended."""
     prepare: StepResources = StepResources()

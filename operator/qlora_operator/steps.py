@@ -117,7 +117,8 @@ def _start_train(draft: Draft) -> Outcome:
     draft.set(plan=planned, memory=memory, run=started)
     slot = _slot(draft, planned)
     assert slot or not planned.gpus  # noqa: S101 (the plan was made from the same fleet)
-    manifest = train_job(draft.job, prepared, planned, draft.next_number("train"), draft.config, slot)
+    number, progress = draft.next_number("train"), draft.status.progress
+    manifest = train_job(draft.job, prepared, planned, number, draft.config, slot, progress)
     draft.create("train", manifest, claim_template(draft.job, slot))
     name = manifest["metadata"]["name"]
     where = f" in queue {draft.job.spec.queue_name}" if draft.job.spec.queue_name else ""
@@ -209,8 +210,7 @@ def _running(draft: Draft, step: Step, job: JobView, pod: PodView) -> Outcome:
     if first and draft.status.phase is not Phase.TRAINING and job.created_at:
         since = pod.started_at or draft.now
         draft.measurements.append(Measurement("queue_seconds", max(0.0, (since - job.created_at).total_seconds())))
-    if pod.progress and pod.progress != draft.status.progress:
-        draft.set(progress=pod.progress)
+    draft.take_progress(pod.progress)
     run, planned = draft.status.run, draft.status.plan
     where = f" on {planned.gpu_class}" if planned else ""
     attempt = run.attempt if run else 1
@@ -274,7 +274,8 @@ def _take_train(draft: Draft, report: RunReport, pod: PodView) -> Outcome | None
     if report.artifacts is None or report.artifacts.adapter is None:
         return outcomes.failed(Reason.INTERNAL_ERROR, f"Pod {pod.name} succeeded, but reported no adapter")
     draft.add_artifacts(report.artifacts)
-    progress = report.progress or pod.progress or draft.status.progress
+    draft.take_progress(report.progress or pod.progress)
+    progress = draft.status.progress
     draft.set(progress=progress and progress.model_copy(update={"eta_seconds": 0}))
     draft.set_promoted(report.promoted)
     draft.finish_run(pod.finished_at)
@@ -324,7 +325,7 @@ def _fail(draft: Draft, step: Step, job: JobView) -> Outcome | None:
     if step == "train":
         draft.finish_run(job.finished_at)
         if last and last.report:
-            draft.set(progress=last.report.progress or draft.status.progress)
+            draft.take_progress(last.report.progress)
         if was_out_of_memory(job, pods):
             return plan_less(draft, job, pods)
     problem = problems.job_failure(draft.job.spec, step, job, pods)

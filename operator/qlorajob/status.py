@@ -271,5 +271,7 @@ class QLoRAJobStatus(ContractModel):
     """Jobs created so far, by step. Never counts back, so that no Job's name comes twice."""
     job: str | None = None
     """The Job that does the current step, or did the last one: `kubectl logs job/<name>`."""
+    warned_until: AwareDatetime | None = None
+    """When the last pod ended whose warnings have been told as events."""
     merge_key: str | None = None
     """Digest of the spec.merge that the merged artifacts were made with."""
