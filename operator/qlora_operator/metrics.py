@@ -9,6 +9,7 @@ from typing import Final
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     PlatformCollector,
     ProcessCollector,
@@ -53,6 +54,9 @@ class Metrics:
         self.registry.register(_Jobs(phases))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+        self.leader = Gauge(
+            "qlora_operator_leader", "1 where this operator acts, 0 on standby.", registry=self.registry
+        )
         self.reconcile_seconds = Histogram(
             "qlora_reconcile_seconds", "Time for one look at one QLoRAJob.", registry=self.registry
         )
