@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from qlora_operator.decision import DeleteJob
+from qlora_operator.patching import merge_patch
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.identity import plan_key
 from qlorajob.plan import Plan
@@ -17,6 +18,7 @@ from tests.support.reports import adapter, failure, merge_report, prepare_report
 from tests.unit.operator.world import World, qlorajob
 
 SEEDS = st.integers(0, 3)
+MOST_LOOKS = 8
 STEPS = ("prepare", "train", "merge")
 GPU_JOB = {"resources": {"gpuClass": "auto"}, "training": {"seed": 0, "globalBatchSize": 4}}
 NODES = {"a": gpus.whole("a", "NVIDIA-L4"), "b": gpus.whole("b", "NVIDIA-A100-SXM4-40GB")}
@@ -40,6 +42,17 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def die_before_the_status_is_written(self) -> None:
         self.world.look(record=False)
+
+    @rule()
+    def look_until_nothing_is_left_to_do(self) -> None:
+        """Where nothing changes, looks soon do nothing, write nothing and tell nothing."""
+        for _ in range(MOST_LOOKS):
+            before = self.world.status.to_wire()
+            decision = self.world.look()
+            if not decision.actions and not merge_patch(before, decision.status.to_wire()):
+                assert decision.events == ()
+                return
+        raise AssertionError(f"still busy: {decision}")
 
     # Users
 
