@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -13,8 +15,12 @@ from aiohttp import web
 from kubernetes.aio import client
 
 from qlora_operator.api import MERGE_PATCH, Api, TemporaryApiError
+from qlora_operator.config import OperatorConfig
 from qlora_operator.decision import Event
 from qlora_operator.election import Lease
+from qlora_operator.handlers import ENV_LEASE, ENV_LEASE_NAMESPACE, ENV_METRICS_PORT, ENV_POD, Runtime
+from qlora_operator.inventory import Inventory
+from qlora_operator.store import Store
 from qlorajob.resource import Metadata
 
 WHOLE_SECOND = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -28,9 +34,21 @@ class Server:
         self.lease: dict[str, Any] | None = None
         self.requests: list[tuple[str, str]] = []
         self.version = 0
+        self.seen = asyncio.Condition()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for what requests lead to."""
+        async with self.seen, asyncio.timeout(20):
+            await self.seen.wait_for(holds)
 
     async def handle(self, request: web.Request) -> web.Response:
         self.requests.append((request.method, request.path))
+        answer = await self._handle(request)
+        async with self.seen:
+            self.seen.notify_all()
+        return answer
+
+    async def _handle(self, request: web.Request) -> web.Response:
         body = json.loads(await request.text() or "{}")
         if request.method == "GET":
             return self._answer() if self.lease else _status(404)
@@ -59,7 +77,7 @@ def server() -> Server:
 
 
 @pytest.fixture
-async def api(server: Server) -> AsyncIterator[Api]:
+async def address(server: Server) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.handle)
     runner = web.AppRunner(app)
@@ -67,10 +85,19 @@ async def api(server: Server) -> AsyncIterator[Api]:
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     host, port = runner.addresses[0][:2]
-    found = Api(client.ApiClient(client.Configuration(host=f"http://{host}:{port}")))
+    yield f"http://{host}:{port}"
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def api(address: str) -> AsyncIterator[Api]:
+    found = connect(address)
     yield found
     await found.close()
-    await runner.cleanup()
+
+
+def connect(address: str) -> Api:
+    return Api(client.ApiClient(client.Configuration(host=address)))
 
 
 async def test_a_lease_is_made_once_and_then_changed(api: Api, server: Server) -> None:
@@ -107,6 +134,41 @@ async def test_who_read_an_older_version_does_not_get_it(api: Api) -> None:
     for late in (made, Lease(holder="c")):
         with pytest.raises(TemporaryApiError):
             await leases.write(late)
+
+
+async def test_the_second_operator_works_as_soon_as_the_first_is_stopped(
+    address: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_operator.election.RETRY_SECONDS", 0.01)
+    monkeypatch.setenv(ENV_LEASE, "operator")
+    monkeypatch.setenv(ENV_LEASE_NAMESPACE, "system")
+    monkeypatch.setenv(ENV_METRICS_PORT, "0")
+
+    config = OperatorConfig(lease_duration_seconds=3)
+
+    async def started(name: str) -> Runtime:
+        monkeypatch.setenv(ENV_POD, name)
+        store = Store({}, {}, {}, time.monotonic)
+        runtime = Runtime(connect(address), store, Inventory({}, {}, config), config)
+        await runtime.start()
+        return runtime
+
+    one = await started("one")
+    await server.until(lambda: _leads(one))
+    other = await started("other")
+    await server.until(lambda: len([path for method, path in server.requests if method == "GET"]) > 3)
+    assert (_leads(one), _leads(other)) == (True, False)
+    assert not any(task.done() for task in (*one.tasks, *other.tasks))
+    await one.stop()
+    await server.until(lambda: _leads(other))
+    assert not _leads(one)
+    await other.stop()
+    assert server.lease
+    assert server.lease["spec"]["holderIdentity"] == ""
+
+
+def _leads(runtime: Runtime) -> bool:
+    return "qlora_operator_leader 1.0" in runtime.metrics.render().decode()
 
 
 async def test_who_does_not_lead_writes_nothing(api: Api, server: Server) -> None:
