@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -17,12 +17,15 @@ from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
 from qlora_operator.decision import Event
+from qlora_operator.election import Lease
 from qlora_operator.placement import Manifest
 from qlorajob import names
 from qlorajob.resource import Metadata
 
 MERGE_PATCH: Final = "application/merge-patch+json"
 TIMEOUT: Final = 30.0
+LEASE_TIMEOUT: Final = 3.0
+"""A leader has to learn in time that it can't renew."""
 PERMANENT: Final = frozenset({400, 403, 405, 413, 415, 422})
 COMPONENT: Final = "qlora-operator"
 WARNINGS_ABOUT_STARTS: Final = frozenset(
@@ -67,9 +70,13 @@ def _message(error: ApiException) -> str:
 
 
 class Api:
-    """Reads and writes of the operator: each needs one verb of the chart's roles."""
+    """Reads and writes of the operator: each needs one verb of the chart's roles.
+
+    `may_write` is asked before each write: an operator that doesn't lead any more must not finish what it began.
+    """
 
     def __init__(self, api_client: client.ApiClient) -> None:
+        self.may_write: Callable[[], bool] = lambda: True
         self._client = api_client
         self._batch = client.BatchV1Api(api_client)
         self._core = client.CoreV1Api(api_client)
@@ -85,6 +92,17 @@ class Api:
         except config.ConfigException:
             await config.load_kube_config(client_configuration=settings)
         return cls(client.ApiClient(settings))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        if not self.may_write():
+            raise TemporaryApiError("this operator isn't the leader")
+        with _translated():
+            yield
+
+    def leases(self, namespace: str, name: str) -> ApiLeases:
+        """The Lease that decides which operator leads."""
+        return ApiLeases(client.CoordinationV1Api(self._client), namespace, name)
 
     async def close(self) -> None:
         """Close connections."""
@@ -108,7 +126,7 @@ class Api:
         """The new Job; None when it is there already, which is as good: its name holds the owner's uid."""
         namespace = manifest["metadata"]["namespace"]
         try:
-            with _translated():
+            with self._writing():
                 job = await self._batch.create_namespaced_job(namespace, manifest, _request_timeout=TIMEOUT)
         except TemporaryApiError as error:
             if error.status == 409:
@@ -121,7 +139,7 @@ class Api:
         """Create a ResourceClaimTemplate; done when it is there already: its name is a digest of its content."""
         namespace = manifest["metadata"]["namespace"]
         try:
-            with _translated():
+            with self._writing():
                 await self._resource.create_namespaced_resource_claim_template(
                     namespace, manifest, _request_timeout=TIMEOUT
                 )
@@ -133,7 +151,7 @@ class Api:
         """Delete that very Job; its pods get SIGTERM and follow. Done when it is gone already."""
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         try:
-            with _translated():
+            with self._writing():
                 await self._batch.delete_namespaced_job(name, namespace, body=body, _request_timeout=TIMEOUT)
         except TemporaryApiError as error:
             if error.status not in (404, 409):
@@ -143,7 +161,7 @@ class Api:
         """The QLoRAJob with its new status; None when that very object is gone."""
         body = {"metadata": {"uid": metadata.uid}, "status": patch}
         try:
-            with _translated():
+            with self._writing():
                 patched: Manifest = await self._custom.patch_namespaced_custom_object_status(
                     names.GROUP,
                     names.VERSION,
@@ -168,7 +186,7 @@ class Api:
 
     async def patch_config_map(self, namespace: str, name: str, data: Mapping[str, str | None]) -> Mapping[str, str]:
         """Set keys of a ConfigMap, and remove those that are None; all its data afterwards."""
-        with _translated():
+        with self._writing():
             patched = await self._core.patch_namespaced_config_map(
                 name, namespace, {"data": data}, _content_type=MERGE_PATCH, _request_timeout=TIMEOUT
             )
@@ -197,7 +215,7 @@ class Api:
             "lastTimestamp": stamp,
             "count": 1,
         }
-        with _translated():
+        with self._writing():
             await self._core.create_namespaced_event(metadata.namespace, body, _request_timeout=TIMEOUT)
 
     async def last_warning(self, namespace: str, uid: str) -> str:
@@ -212,3 +230,67 @@ class Api:
             relevant, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime")), default={}
         )
         return str(latest.get("message", ""))
+
+
+class ApiLeases:
+    """One Lease, read and written with a short time-out."""
+
+    def __init__(self, coordination: client.CoordinationV1Api, namespace: str, name: str) -> None:
+        self._coordination, self._namespace, self._name = coordination, namespace, name
+
+    async def read(self) -> Lease | None:
+        """None where there is none."""
+        try:
+            with _translated():
+                return _lease(
+                    await self._coordination.read_namespaced_lease(
+                        self._name, self._namespace, _request_timeout=LEASE_TIMEOUT
+                    )
+                )
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def write(self, lease: Lease) -> Lease:
+        """Create it, or change it if nobody else did since; what is there then. Raises TemporaryApiError otherwise."""
+        body: Manifest = {
+            "metadata": {"name": self._name},
+            "spec": {
+                "holderIdentity": lease.holder,
+                "leaseDurationSeconds": lease.seconds,
+                "leaseTransitions": lease.transitions,
+                "acquireTime": _micro_time(lease.acquired_at),
+                "renewTime": _micro_time(lease.renewed_at),
+            },
+        }
+        with _translated():
+            if not lease.version:
+                return _lease(
+                    await self._coordination.create_namespaced_lease(
+                        self._namespace, body, _request_timeout=LEASE_TIMEOUT
+                    )
+                )
+            body["metadata"]["resourceVersion"] = lease.version
+            return _lease(
+                await self._coordination.patch_namespaced_lease(
+                    self._name, self._namespace, body, _content_type=MERGE_PATCH, _request_timeout=LEASE_TIMEOUT
+                )
+            )
+
+
+def _lease(found: client.V1Lease) -> Lease:
+    spec = found.spec or client.V1LeaseSpec()
+    return Lease(
+        holder=spec.holder_identity or "",
+        seconds=spec.lease_duration_seconds or 1,
+        transitions=spec.lease_transitions or 0,
+        acquired_at=spec.acquire_time,
+        renewed_at=spec.renew_time,
+        version=found.metadata.resource_version,
+    )
+
+
+def _micro_time(value: datetime | None) -> str | None:
+    """metav1.MicroTime needs all six digits, which the client leaves out where all are zero."""
+    return value.astimezone(UTC).replace(microsecond=value.microsecond or 1).isoformat() if value else None

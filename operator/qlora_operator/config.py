@@ -62,9 +62,11 @@ class OperatorConfig(ConfigModel):
     """Time between two looks at the progress of each training pod."""
     retry_backoff_seconds: Annotated[float, Field(gt=0)] = 1.0
     """First wait after a failed call to the API server; doubles up to retryBackoffMaxSeconds."""
+    lease_duration_seconds: Annotated[int, Field(ge=3)] = 15
+    """A leader that doesn't renew its Lease for so long is replaced, where several operators run."""
     retry_backoff_max_seconds: Annotated[float, Field(gt=0)] = 60.0
     termination_grace_period_seconds: Annotated[int, Field(ge=1)] = 120
-    """Time for a checkpoint and its upload when a pod is asked to stop."""
+    """Least time for a checkpoint and its upload when a pod is asked to stop; training pods that need more get it."""
     minimum_ttl_seconds: Annotated[int, Field(ge=0)] = 60
     """Finished Jobs live at least this long, so that the operator can read how they ended."""
     prepare: StepResources = StepResources()

@@ -62,9 +62,9 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A value for a histogram of the operator's metrics."""
+    """A value for a histogram of the operator's metrics, or something to count."""
 
-    name: Literal["queue_seconds", "vram_prediction_ratio"]
+    name: Literal["queue_seconds", "vram_prediction_ratio", "oom_replans"]
     value: float
 
 

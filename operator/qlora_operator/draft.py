@@ -16,7 +16,7 @@ from qlora_vram.observations import Observation
 from qlorajob.identity import prepare_key
 from qlorajob.resource import QLoRAJob
 from qlorajob.run import Step
-from qlorajob.status import Artifacts, HistoryEntry, Prepared, QLoRAJobStatus, RunStatus
+from qlorajob.status import Artifacts, HistoryEntry, Prepared, Progress, QLoRAJobStatus, RunStatus
 
 MAX_HISTORY = 10
 
@@ -135,6 +135,14 @@ class Draft:
             self.set_promoted(prepared.promoted)
             if prepared.artifacts.merged and self.status.merge_key is None:
                 self.set(merge_key=merge_key(self.job))
+
+    def take_progress(self, progress: Progress | None) -> None:
+        """What the trainer said. Until a process has saved a checkpoint, the run's newest is that of the one before."""
+        known = self.status.progress
+        if progress and known and progress.checkpoint is None:
+            progress = progress.model_copy(update={"checkpoint": known.checkpoint})
+        if progress:
+            self.set(progress=progress)
 
     def set_promoted(self, value: bool | None) -> None:
         """Record the gate's verdict; None for no gate."""

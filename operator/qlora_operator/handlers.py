@@ -8,17 +8,20 @@ Only raw event handlers and indexes are used, so kopf writes nothing into object
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import socket
 import time
 from typing import Any
 
 import kopf
 from aiohttp import web
 
-from qlora_operator.api import Api
+from qlora_operator.api import Api, ApiError
 from qlora_operator.config import OperatorConfig
 from qlora_operator.controller import Controller
+from qlora_operator.election import Leadership, lead
 from qlora_operator.experience import ENV_NAMESPACE, Experience
 from qlora_operator.inventory import Inventory
 from qlora_operator.metrics import METRICS_PORT, Metrics, NamespacePhase
@@ -27,6 +30,10 @@ from qlora_operator.store import Key, Raw, Store
 from qlora_operator.workqueue import WorkQueue
 from qlorajob import names
 
+ENV_LEASE, ENV_LEASE_NAMESPACE, ENV_POD = "QLORA_LEASE", "QLORA_LEASE_NAMESPACE", "QLORA_POD"
+"""Name and namespace of the Lease that the acting operator holds, and the name of this one's pod."""
+ENV_METRICS_PORT = "QLORA_OPERATOR_METRICS_PORT"
+"""Where METRICS_PORT isn't free."""
 CHATTY_LOGGERS = ("kopf.objects", "kopf.activities.probe", "aiohttp.access")
 """A line for each watch event and each probe says nothing; ours say what was decided and done."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -39,7 +46,11 @@ class Runtime:
         self.api = api
         self.inventory = inventory
         self._store = store
-        self.metrics = Metrics(lambda: phases(store))
+        self._leadership = _leadership(api, config)
+        self._config = config
+        api.may_write = self._leads
+        self.metrics = Metrics(lambda: phases(store) if self._leads() else [])
+        self.metrics.leader.set_function(self._leads)
         self.poller = Poller(store, self.metrics, self._changed, config.progress_interval_seconds)
         experience = Experience(api, os.environ.get(ENV_NAMESPACE), config.trainer_image, time.monotonic)
         controller = Controller(api, store, inventory.fleet, experience, config, self.metrics, self.poller.latest)
@@ -55,34 +66,60 @@ class Runtime:
         self.queue.add(key)
 
     def gpus_changed(self) -> None:
-        """Look again at every job that has no plan for want of a GPU."""
+        """Look again at every job that can't start for want of a GPU."""
         for key in self._store:
-            if is_stalled_without_plan(self._store.qlorajob(key) or {}):
+            if is_stalled_without_job(self._store.qlorajob(key) or {}):
                 self.queue.add(key)
 
+    def _leads(self) -> bool:
+        """Alone, or elected."""
+        return self._leadership is None or self._leadership.holds
+
+    async def _work(self) -> None:
+        """What only the leader does."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.queue.run(), name="workers")
+            group.create_task(self.poller.run(), name="poller")
+
     async def start(self) -> None:
-        """Start the workers, the poller and the metrics server."""
-        self.tasks = [
-            asyncio.create_task(self.queue.run(), name="workers"),
-            asyncio.create_task(self.poller.run(), name="poller"),
-        ]
+        """Start the election or, without one, the work; and the metrics server.
+
+        On standby the indexes are kept, and each event puts its key into the queue: so who begins to lead looks at
+        everything, and knows everything.
+        """
+        seconds = self._config.lease_duration_seconds
+        work = lead(self._leadership, seconds, self._work) if self._leadership else self._work()
+        self.tasks = [asyncio.create_task(work, name="work")]
         app = web.Application()
         app.router.add_get("/metrics", self._serve_metrics)
         self.server = web.AppRunner(app, access_log=None, handle_signals=False)
         await self.server.setup()
-        await web.TCPSite(self.server, None, METRICS_PORT).start()
+        await web.TCPSite(self.server, None, int(os.environ.get(ENV_METRICS_PORT, METRICS_PORT))).start()
 
     async def stop(self) -> None:
         """End all of it."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        if self._leadership:
+            with contextlib.suppress(ApiError):  # then it runs out
+                await self._leadership.release()
         if self.server:
             await self.server.cleanup()
         await self.api.close()
 
     async def _serve_metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _leadership(api: Api, config: OperatorConfig) -> Leadership | None:
+    """None where nothing says which Lease to hold: there is one operator then."""
+    namespace, name = os.environ.get(ENV_LEASE_NAMESPACE), os.environ.get(ENV_LEASE)
+    if not (namespace and name):
+        return None
+    # A container that is started again is the same candidate: what it was is dead.
+    identity = os.environ.get(ENV_POD) or f"{socket.gethostname()}-{os.getpid()}"
+    return Leadership(api.leases(namespace, name), identity, config.lease_duration_seconds, time.monotonic)
 
 
 def phases(store: Store) -> list[NamespacePhase]:
@@ -94,11 +131,11 @@ def phases(store: Store) -> list[NamespacePhase]:
     return found
 
 
-def is_stalled_without_plan(raw: Raw) -> bool:
-    """It has been prepared, and waits."""
+def is_stalled_without_job(raw: Raw) -> bool:
+    """It has been prepared, and waits. It may have a plan, whose GPUs are gone."""
     status: Raw = raw.get("status") or {}
     stalled = any(c["type"] == "Stalled" and c["status"] == "True" for c in status.get("conditions") or ())
-    return stalled and bool(status.get("prepared")) and not status.get("plan")
+    return stalled and bool(status.get("prepared")) and not status.get("job")
 
 
 @kopf.on.startup()

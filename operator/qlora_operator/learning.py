@@ -1,4 +1,4 @@
-"""From a finished run to what its successors' plans can use. Pure."""
+"""From a run that has ended to what its successors' plans can use. Pure."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from datetime import datetime
 from qlora_operator.config import OperatorConfig
 from qlora_operator.fleet import Fleet
 from qlora_vram.cuts import Cutter, Option
-from qlora_vram.gpus import KNOWN, GpuClass
+from qlora_vram.gpus import KNOWN
 from qlora_vram.layers import detailed
-from qlora_vram.observations import Observation, observe
+from qlora_vram.observations import Observation, exhausted, observe
+from qlorajob.plan import ModelFacts, Plan
 from qlorajob.spec import QLoRAJobSpec
 from qlorajob.status import QLoRAJobStatus
 
@@ -25,14 +26,13 @@ def first_attempt(
     planned, prepared, memory, run = status.plan, status.prepared, status.memory, status.run
     if not (planned and planned.gpus and prepared and memory and memory.peak_bytes and run and finished_at):
         return None
-    gpu = _class(planned.gpu_class, fleet)
-    if gpu is None or run.attempt != 1:
+    cutter = _cutter(spec, planned, prepared.facts, fleet)
+    if cutter is None or run.attempt != 1:
         return None
-    cutter = Cutter(spec, detailed(prepared.facts), Option(gpu, planned.gpus, planned.strategy))
     cut = cutter.planned(planned)
     return observe(
         cut,
-        gpu,
+        cutter.option.gpu,
         cutter.modelled(cut),
         trainer=config.trainer_image,
         peak_bytes=memory.peak_bytes,
@@ -41,6 +41,18 @@ def first_attempt(
     )
 
 
-def _class(name: str, fleet: Fleet) -> GpuClass | None:
-    """Its nodes may be gone by now."""
-    return next((gpu for gpu in (*fleet.classes(), *KNOWN) if gpu.name == name), None)
+def out_of_memory(
+    spec: QLoRAJobSpec, planned: Plan, facts: ModelFacts, fleet: Fleet, config: OperatorConfig, finished_at: datetime
+) -> Observation | None:
+    """That this plan's GPU couldn't hold the run. Of any attempt: wherever it went on from, it was its plan's cut."""
+    cutter = _cutter(spec, planned, facts, fleet)
+    if cutter is None:
+        return None
+    cut = cutter.planned(planned)
+    return exhausted(cut, cutter.option.gpu, cutter.modelled(cut), trainer=config.trainer_image, at=finished_at)
+
+
+def _cutter(spec: QLoRAJobSpec, planned: Plan, facts: ModelFacts, fleet: Fleet) -> Cutter | None:
+    """For the planned GPUs, whose nodes may be gone by now."""
+    gpu = next((gpu for gpu in (*fleet.classes(), *KNOWN) if gpu.name == planned.gpu_class), None)
+    return Cutter(spec, detailed(facts), Option(gpu, planned.gpus, planned.strategy)) if gpu else None

@@ -6,6 +6,7 @@ from typing import Final
 
 from qlora_operator.config import OperatorConfig
 from qlora_operator.fleet import Slot
+from qlora_operator.grace import grace_seconds
 from qlora_operator.placement import GpuRequest, Manifest, claim_spec
 from qlora_operator.pods import CONTAINER, pod_spec
 from qlora_vram.requests import merge_requests
@@ -15,7 +16,7 @@ from qlorajob.identity import digest, prepare_key
 from qlorajob.plan import Plan, Requests
 from qlorajob.resource import QLoRAJob
 from qlorajob.run import RunConfig, Step
-from qlorajob.status import Prepared
+from qlorajob.status import Prepared, Progress
 
 KUEUE_QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 NAME_PREFIX_LENGTH: Final = 40
@@ -48,10 +49,22 @@ def prepare_job(job: QLoRAJob, number: int, config: OperatorConfig) -> Manifest:
 
 
 def train_job(
-    job: QLoRAJob, prepared: Prepared, plan: Plan, number: int, config: OperatorConfig, slot: Slot | None
+    job: QLoRAJob,
+    prepared: Prepared,
+    plan: Plan,
+    number: int,
+    config: OperatorConfig,
+    slot: Slot | None,
+    progress: Progress | None = None,
 ) -> Manifest:
-    """The Job that trains, in `slot` where the plan has GPUs. The only one that Kueue admits."""
+    """The Job that trains, in `slot` where the plan has GPUs. The only one that Kueue admits.
+
+    `progress` is the run's so far: how long its checkpoints take is how long a pod may take to stop.
+    """
     run = _run_config(job, config, prepared, plan)
+    run = run.model_copy(
+        update={"grace_seconds": grace_seconds(config.termination_grace_period_seconds, plan, progress)}
+    )
     template = claim_template(job, slot)
     gpus = GpuRequest(slot, template["metadata"]["name"] if template else "") if slot else None
     manifest = _job(job, "train", prepared.run_id, number, run, plan.requests, config, gpus)

@@ -9,6 +9,7 @@ from typing import Final
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     PlatformCollector,
     ProcessCollector,
@@ -53,6 +54,9 @@ class Metrics:
         self.registry.register(_Jobs(phases))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+        self.leader = Gauge(
+            "qlora_operator_leader", "1 where this operator acts, 0 on standby.", registry=self.registry
+        )
         self.reconcile_seconds = Histogram(
             "qlora_reconcile_seconds", "Time for one look at one QLoRAJob.", registry=self.registry
         )
@@ -78,8 +82,11 @@ class Metrics:
     def record(self, measurements: Iterable[Measurement]) -> None:
         """What one decision measured."""
         for measurement in measurements:
-            histogram: Histogram = getattr(self, measurement.name)
-            histogram.observe(measurement.value)
+            metric: Histogram | Counter = getattr(self, measurement.name)
+            if isinstance(metric, Counter):
+                metric.inc(measurement.value)
+            else:
+                metric.observe(measurement.value)
 
     def render(self) -> bytes:
         """The exposition text."""

@@ -28,7 +28,7 @@ def pod_spec(
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": config.termination_grace_period_seconds,
+        "terminationGracePeriodSeconds": run.grace_seconds or config.termination_grace_period_seconds,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,

@@ -22,7 +22,7 @@ from qlorajob import names
 from qlorajob.errors import Reason
 from qlorajob.identity import prepare_key
 from qlorajob.resource import Metadata, QLoRAJob
-from qlorajob.run import Step
+from qlorajob.run import WARNINGS, Step
 from qlorajob.status import Phase, QLoRAJobStatus
 
 MAX_PASSES = 8
@@ -38,6 +38,7 @@ def reconcile(job: QLoRAJob, observed: Observed, config: OperatorConfig, now: da
     if job.metadata.deletion_timestamp:
         return Decision(job.status)  # owner references end everything
     draft = Draft(job=job, observed=observed, config=config, now=now, status=job.status)
+    _tell_warnings(draft)
     outcome = _decide(draft)
     if outcome.kind is Kind.FAILED:
         _stick(draft)
@@ -143,6 +144,22 @@ def _success(draft: Draft) -> Outcome:
     if prepared and prepared.artifacts:
         return outcomes.succeeded(Reason.ALREADY_TRAINED, f"The finished run was found in S3: the adapter is at {uri}")
     return outcomes.succeeded(Reason.SUCCEEDED, f"The adapter is at {uri}")
+
+
+def _tell_warnings(draft: Draft) -> None:
+    """What pods that have ended say went wrong and was got over: each report once, as long as its Job is there."""
+    own = {job.uid for job in draft.observed.jobs if draft.is_own(job)}
+    told = draft.status.warned_until
+    ended = [
+        (pod.finished_at, pod.name, pod.report)
+        for pod in draft.observed.pods
+        if pod.report and pod.report.warnings and pod.finished_at and pod.job_uid in own
+    ]
+    for at, name, report in sorted(ended, key=lambda each: each[:2]):
+        if told is None or at > told:
+            for text in report.warnings[-WARNINGS:]:
+                draft.event("Warning", "TrainerWarning", f"{report.step}, pod {name}: {text}")
+            draft.set(warned_until=at)
 
 
 def _tell_change(draft: Draft, outcome: Outcome) -> None:

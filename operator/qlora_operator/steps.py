@@ -14,7 +14,9 @@ from qlora_operator import problems
 from qlora_operator.conditions import summary
 from qlora_operator.decision import Measurement
 from qlora_operator.draft import Draft
+from qlora_operator.fleet import Slot
 from qlora_operator.learning import first_attempt
+from qlora_operator.less_memory import kept_plan, plan_less, was_out_of_memory
 from qlora_operator.manifests import claim_template, merge_job, merge_key, prepare_job, train_job
 from qlora_operator.observed import JobView, PodView
 from qlora_operator.outcome import Outcome
@@ -22,7 +24,7 @@ from qlora_vram.gpus import CPU
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import plan
 from qlorajob.errors import ExitCode, Reason
-from qlorajob.identity import prepare_key
+from qlorajob.identity import plan_key, prepare_key
 from qlorajob.plan import ModelFacts, Plan
 from qlorajob.run import RunReport, Step
 from qlorajob.status import MemoryStatus, Phase, RunStatus
@@ -96,24 +98,37 @@ def _start_train(draft: Draft) -> Outcome:
         return outcomes.working(
             Phase.PENDING, Reason.QUEUED, f"Waiting for {others[0]} of an earlier run or attempt to stop", LOOK_AGAIN
         )
-    planned = _plan(draft, prepared.facts)
+    kept = kept_plan(draft)
+    planned = kept if kept and _slot(draft, kept) else _plan(draft, prepared.facts)
     if isinstance(planned, DoesNotFit):
         # Not for good: a node with another GPU may come, and what it changes wakes this job.
-        draft.set(plan=None)
+        draft.set(plan=kept)
         return outcomes.waiting(Phase.PENDING, planned.reason, f"spec.{planned.field}: {planned.message}")
     if planned != draft.status.plan:
         draft.event("Normal", "Planned", planned.reason)
     memory = MemoryStatus(predicted_bytes=planned.predicted_peak_bytes)
-    started = RunStatus(id=run.id, attempt=run.attempt + 1, started_at=run.started_at or draft.now)
+    started = RunStatus(
+        id=run.id,
+        attempt=run.attempt + 1,
+        started_at=run.started_at or draft.now,
+        plan_key=plan_key(draft.job.spec),
+        replans=run.replans if planned == draft.status.plan else 0,
+    )
     draft.set(plan=planned, memory=memory, run=started)
-    slot = draft.observed.fleet.slot(planned.gpu_class, planned.gpus, draft.job.spec.resources)
+    slot = _slot(draft, planned)
     assert slot or not planned.gpus  # noqa: S101 (the plan was made from the same fleet)
-    manifest = train_job(draft.job, prepared, planned, draft.next_number("train"), draft.config, slot)
+    number, progress = draft.next_number("train"), draft.status.progress
+    manifest = train_job(draft.job, prepared, planned, number, draft.config, slot, progress)
     draft.create("train", manifest, claim_template(draft.job, slot))
     name = manifest["metadata"]["name"]
     where = f" in queue {draft.job.spec.queue_name}" if draft.job.spec.queue_name else ""
     draft.event("Normal", Reason.QUEUED, f"Run {run.id}, attempt {started.attempt}: created Job {name}{where}")
     return outcomes.working(Phase.QUEUED, Reason.QUEUED, f"Job {name} is created{where}")
+
+
+def _slot(draft: Draft, planned: Plan) -> Slot | None:
+    """Where the plan's pod goes; None where it has no GPU, or where that class's nodes are gone."""
+    return draft.observed.fleet.slot(planned.gpu_class, planned.gpus, draft.job.spec.resources)
 
 
 def _plan(draft: Draft, facts: ModelFacts) -> Plan | DoesNotFit:
@@ -195,8 +210,7 @@ def _running(draft: Draft, step: Step, job: JobView, pod: PodView) -> Outcome:
     if first and draft.status.phase is not Phase.TRAINING and job.created_at:
         since = pod.started_at or draft.now
         draft.measurements.append(Measurement("queue_seconds", max(0.0, (since - job.created_at).total_seconds())))
-    if pod.progress and pod.progress != draft.status.progress:
-        draft.set(progress=pod.progress)
+    draft.take_progress(pod.progress)
     run, planned = draft.status.run, draft.status.plan
     where = f" on {planned.gpu_class}" if planned else ""
     attempt = run.attempt if run else 1
@@ -260,7 +274,8 @@ def _take_train(draft: Draft, report: RunReport, pod: PodView) -> Outcome | None
     if report.artifacts is None or report.artifacts.adapter is None:
         return outcomes.failed(Reason.INTERNAL_ERROR, f"Pod {pod.name} succeeded, but reported no adapter")
     draft.add_artifacts(report.artifacts)
-    progress = report.progress or pod.progress or draft.status.progress
+    draft.take_progress(report.progress or pod.progress)
+    progress = draft.status.progress
     draft.set(progress=progress and progress.model_copy(update={"eta_seconds": 0}))
     draft.set_promoted(report.promoted)
     draft.finish_run(pod.finished_at)
@@ -310,21 +325,8 @@ def _fail(draft: Draft, step: Step, job: JobView) -> Outcome | None:
     if step == "train":
         draft.finish_run(job.finished_at)
         if last and last.report:
-            draft.set(progress=last.report.progress or draft.status.progress)
-        if last and last.exit_code == ExitCode.OUT_OF_MEMORY:
-            return _out_of_gpu_memory(draft, last)
+            draft.take_progress(last.report.progress)
+        if was_out_of_memory(job, pods):
+            return plan_less(draft, job, pods)
     problem = problems.job_failure(draft.job.spec, step, job, pods)
     return outcomes.failed(problem.reason, problem.message)
-
-
-def _out_of_gpu_memory(draft: Draft, pod: PodView) -> Outcome:
-    """Typed, so that the user is told which knobs matter."""
-    planned, said = draft.status.plan, pod.report.message if pod.report else ""
-    if planned is None:
-        return outcomes.failed(Reason.OUT_OF_MEMORY, said or "Out of GPU memory")
-    shape = f"micro batch {planned.micro_batch_size}, checkpointing {planned.checkpointing}"
-    return outcomes.failed(
-        Reason.OUT_OF_MEMORY,
-        f"Out of GPU memory on {planned.gpu_class} with {shape} ({said or 'no details'}): lower "
-        "training.maxSequenceLength or training.microBatchSize, or name a larger resources.gpuClass",
-    )

@@ -64,14 +64,16 @@ class WorkQueue(Generic[K]):
         self.add(key)
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled. Run again, it begins with what was under way or due then."""
         try:
             async with asyncio.TaskGroup() as group:
                 for number in range(self._workers):
                     group.create_task(self._worker(), name=f"worker {number}")
         finally:
-            for timer in self._timers.values():
+            timers, self._timers = self._timers, {}
+            for key, timer in timers.items():
                 timer.cancel()
+                self.add(key)
 
     async def _worker(self) -> None:
         while True:
@@ -80,6 +82,9 @@ class WorkQueue(Generic[K]):
             self._running.add(key)
             try:
                 await self._process(key)
+            except asyncio.CancelledError:
+                self._again.add(key)
+                raise
             finally:
                 self._running.discard(key)
                 if key in self._again:

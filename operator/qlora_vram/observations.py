@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, ValidationError
 
-from qlora_vram.gpus import GpuClass, usable_bytes
+from qlora_vram.gpus import MIB, GpuClass, usable_bytes
 from qlora_vram.memory import Breakdown
 from qlora_vram.workload import Workload
 from qlorajob.base import ContractModel
@@ -44,7 +44,7 @@ CHOSEN: Final = frozenset({"facts", "shape", "length", "rank", "accumulation"})
 
 
 class Observation(ContractModel):
-    """One finished run."""
+    """One run that has ended."""
 
     job: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     """Digest of what the planner doesn't choose."""
@@ -72,6 +72,8 @@ class Observation(ContractModel):
     """Measured speed, without padding."""
     at: datetime
     """When the run ended."""
+    out_of_memory: bool = False
+    """It ended because the GPU's memory did: peakBytes is all there is, and the run would have taken more."""
 
     @property
     def key(self) -> str:
@@ -90,7 +92,7 @@ class Observation(ContractModel):
     @property
     def plausible(self) -> bool:
         """It can have been measured on this run."""
-        return self.peak_bytes >= PLAUSIBLE_SHARE * self.physical_bytes
+        return self.out_of_memory or self.peak_bytes >= PLAUSIBLE_SHARE * self.physical_bytes
 
 
 @dataclass(frozen=True)
@@ -141,26 +143,37 @@ class Observations:
         """What runs of a class took more than predicted, in bytes."""
         found = {}
         for name in {seen.gpu_class for seen in self.usable}:
-            recent = [seen for seen in self.usable if seen.gpu_class == name][:RECENT]
+            recent = [seen for seen in self.usable if seen.gpu_class == name and not seen.out_of_memory][:RECENT]
             if len(recent) >= ENOUGH:
                 found[name] = _residual(recent)
         return found
 
-    def of_job(self, job: str) -> tuple[Observation, ...]:
+    def ended_well(self, job: str) -> tuple[Observation, ...]:
         """Its cuts that were measured."""
-        return self._jobs.get(job, ())
+        return tuple(seen for seen in self._jobs.get(job, ()) if not seen.out_of_memory)
+
+    def out_of_memory(self, job: str) -> tuple[Observation, ...]:
+        """Its cuts that a GPU couldn't hold; not those that a cut which takes no less has proved wrong."""
+        held = self.ended_well(job)
+        failed = (seen for seen in self._jobs.get(job, ()) if seen.out_of_memory)
+        return tuple(seen for seen in failed if not any(_within(seen.cut, other.cut) for other in held))
+
+    @cached_property
+    def hopeful(self) -> Observations:
+        """Without the runs that were out of memory."""
+        return dataclasses.replace(self, entries={k: o for k, o in self.entries.items() if not o.out_of_memory})
 
     def exact(self, workload: Workload, gpu: GpuClass) -> Observation | None:
         """What was measured of this very shape."""
         if not self.usable:
             return None
         cut = _cut(workload)
-        seen = (seen for seen in self.of_job(job_of(workload, gpu.name, self.trainer)) if seen.cut == cut)
+        seen = (seen for seen in self.ended_well(job_of(workload, gpu.name, self.trainer)) if seen.cut == cut)
         return next(seen, None)
 
     def residual(self, job: str, gpu_class: str) -> int | None:
         """Bytes to add to the prediction of a cut that wasn't measured; None where too little is known."""
-        mine = self.of_job(job)
+        mine = self.ended_well(job)
         return _residual(mine) if mine else self._class_residuals.get(gpu_class)
 
 
@@ -193,24 +206,33 @@ def observe(
     )
 
 
+def exhausted(workload: Workload, gpu: GpuClass, predicted: Breakdown, *, trainer: str, at: datetime) -> Observation:
+    """The observation of a run of `workload` that was out of memory on `gpu`."""
+    there = max(gpu.memory_mib * MIB, usable_bytes(gpu) + 1)
+    seen = observe(workload, gpu, predicted, trainer=trainer, peak_bytes=there, tokens_per_second=None, at=at)
+    return seen.model_copy(update={"out_of_memory": True})
+
+
 def corrected(predicted: Breakdown, workload: Workload, gpu: GpuClass, observations: Observations) -> Breakdown:
     """The peak to expect, where something is known. Never below what the tensors take.
 
     The same shape: what was measured. Another cut of a measured job: the prediction plus that job's residual, between
-    what smaller and what larger cuts took. Another job: the prediction plus the class's residual.
+    what smaller and what larger cuts took. Another job: the prediction plus the class's residual. A job that was out of
+    memory: in that cut and in larger ones more than there is, in others the most that a prediction is moved by.
     """
     if not observations.usable:
         return predicted
     job = job_of(workload, gpu.name, observations.trainer)
-    residual = observations.residual(job, gpu.name)
-    if residual is None:
+    residual, failed = observations.residual(job, gpu.name), observations.out_of_memory(job)
+    if residual is None and not failed:
         return predicted
-    expected, most = predicted.total + residual, predicted.total * MOST // 100
-    expected = max(predicted.total - most, min(expected, predicted.total + most))
+    most = predicted.total * MOST // 100
+    expected = predicted.total + (most if failed else max(-most, min(residual or 0, most)))
     cut = _cut(workload)
     # It ended well, so it fits: a peak beyond what plans may fill mustn't refuse the class that held the run.
-    measured = [(seen.cut, min(seen.peak_bytes, usable_bytes(gpu))) for seen in observations.of_job(job)]
+    measured = [(seen.cut, min(seen.peak_bytes, usable_bytes(gpu))) for seen in observations.ended_well(job)]
     expected = min([expected, *(took for other, took in measured if _within(cut, other))])
+    measured += [(seen.cut, max(seen.peak_bytes, usable_bytes(gpu) + 1)) for seen in failed]
     expected = max([expected, *(took for other, took in measured if _within(other, cut))])
     return _with_total(predicted, expected)
 

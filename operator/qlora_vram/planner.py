@@ -49,6 +49,8 @@ def plan(
         return cheapest(changed, facts, classes, calibration, observations)
 
     found = fits(spec)
+    if found is None and observations and observations.hopeful != observations:
+        return _another_try(spec, facts, classes, settings, calibration, observations.hopeful)
     if found is None:
         return refusal(spec, facts, classes, fits, calibration, observations)
     cutter = Cutter(spec, facts, found, calibration, observations)
@@ -71,6 +73,27 @@ def cheapest(
         if smallest is not None and cutter.fits(smallest):
             return option
     return None
+
+
+def _another_try(
+    spec: QLoRAJobSpec,
+    facts: ModelFacts,
+    classes: Sequence[GpuClass],
+    settings: Settings,
+    calibration: Calibration | None,
+    observations: Observations,
+) -> Plan | DoesNotFit:
+    """The smallest cut on the largest class, where only runs that were out of memory say that it doesn't fit.
+
+    Somebody asks for it again, and a GPU can be short of memory for another's sake.
+    """
+    found = [Cutter(spec, facts, option, calibration, observations) for option in options(spec, classes)]
+    cuts = [(cutter, cut) for cutter in found if (cut := cutter.smallest()) and cutter.fits(cut)]
+    if not cuts:
+        return plan(spec, facts, classes, settings, calibration, observations)
+    cutter, cut = max(cuts, key=lambda each: each[0].usable)
+    reason = f"{_why(spec, cut, cutter.option, cutter)}, though such runs were out of memory: another try of the least"
+    return as_plan(spec, cut, cutter.option, cutter, settings, reason=reason)
 
 
 def as_plan(

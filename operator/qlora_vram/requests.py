@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qlora_vram.gpus import GIB
-from qlora_vram.memory import disk_bytes, host_bytes
+from qlora_vram.memory import ADAPTER, disk_bytes, host_bytes
 from qlora_vram.words import quantity
 from qlora_vram.workload import Workload
 from qlorajob.plan import ModelFacts, Requests
@@ -14,6 +14,13 @@ from qlorajob.spec import QLoRAJobSpec
 
 LOADED_BYTES = 2 * GIB
 """Python with torch and transformers, and room to breathe."""
+MERGED_TENSOR = 14
+"""Bytes for each number of a tensor while it is merged: as read (up to 4), the update and its factors' product in
+float32 (4 + 4), rounded (2)."""
+SHARD_BYTES = 5_000_000_000
+"""Largest file of a merged model (`qlora_trainer.checkpoint_files`)."""
+GGUF_BYTES = {"f16": 2.0, "q8_0": 2 + 34 / 32, "q4_k_m": 2 + 210 / 256}
+"""Bytes for each parameter: in 16 bit, and quantized (34 bytes for 32 of them; q4_k_m at most as Q6_K, 210 for 256)."""
 
 
 class Settings(Protocol):
@@ -52,15 +59,32 @@ def gpu_requests(spec: QLoRAJobSpec, cut: Workload, settings: Settings) -> Reque
 
 
 def merge_requests(spec: QLoRAJobSpec, facts: ModelFacts, settings: Settings) -> Requests:
-    """What merging takes: the 16-bit model in memory (the GGUF export holds it again), and on disk twice."""
+    """What merging takes. It goes tensor by tensor and file by file, so hardly any of it follows from the model's size.
+
+    Memory: the largest tensor (read, added up in float32, rounded) and the adapter. Disk: the download, unless a shared
+    volume holds it, and one file of the merged model; all of them where memory allows to load it, since the merged
+    model then answers evaluation.prompts too. A GGUF export writes its whole 16-bit file, and the quantized one beside.
+    """
+    adapter = ADAPTER * spec.lora.rank * sum((each.inputs + each.outputs) * each.count for each in facts.linears)
+    largest = _largest_tensor(facts)
+    memory = LOADED_BYTES + MERGED_TENSOR * largest + 2 * adapter
     bytes_per_parameter = 4 if spec.merge.dtype == "float32" else 2
-    merged = facts.parameters * bytes_per_parameter
-    exports = 3 if spec.merge.gguf else 2
+    file = max(SHARD_BYTES, bytes_per_parameter * largest)
+    merged = min(bytes_per_parameter * facts.parameters, max(file, memory))
+    download = 0 if spec.model.cache_claim else 5 * (facts.weight_bytes or 2 * facts.parameters) // 4
+    export = int(GGUF_BYTES[spec.merge.gguf.quantization] * facts.parameters) if spec.merge.gguf else 0
     return Requests(
         cpu=settings.cpu_cpu_request,
-        memory=quantity(LOADED_BYTES + exports * merged),
-        ephemeral_storage=quantity(2 * GIB + facts.weight_bytes + exports * merged),
+        memory=quantity(memory),
+        ephemeral_storage=quantity(2 * GIB + download + merged + export + 2 * adapter),
     )
+
+
+def _largest_tensor(facts: ModelFacts) -> int:
+    """Parameters of the largest one that a file may hold, at most: experts may be one tensor a layer."""
+    experts = facts.expert_parameters // max(1, facts.layers)
+    matrices = (each.inputs * each.outputs for each in facts.linears)
+    return max(facts.embedding_parameters, facts.head_parameters, experts, *matrices, 0)
 
 
 def asked(value: str, automatic: str) -> str:

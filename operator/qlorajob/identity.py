@@ -12,6 +12,8 @@ SAME_RESULT_TRAINING_FIELDS: Final = frozenset(
     {"microBatchSize", "gradientCheckpointing", "loggingSteps", "saveSteps", "saveTotalLimit"}
 )
 """Fields of spec.training that change how a run is executed and watched, but not the adapter that comes out."""
+PLANNED_SECTIONS: Final = ("model", "quantization", "lora", "training", "resources")
+"""Sections of the spec that a plan follows from."""
 DEFAULT_EPOCHS: Final = 3.0
 """Passes over the data when neither training.epochs nor training.maxSteps is set (a schema default can't depend)."""
 
@@ -26,6 +28,12 @@ def prepare_key(spec: QLoRAJobSpec) -> str:
     wire = spec.to_wire()
     places = {name: wire[name] for name in ("model", "dataset", "output")}
     return digest(_result_fields(spec) | {"places": places})[:16]
+
+
+def plan_key(spec: QLoRAJobSpec) -> str:
+    """16 hex digits of what a plan is made for. An edit of anything else (queue, limits) leaves the plan alone."""
+    wire = spec.to_wire()
+    return digest({name: wire[name] for name in PLANNED_SECTIONS})[:16]
 
 
 def digest(value: Any) -> str:

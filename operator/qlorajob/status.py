@@ -58,6 +58,10 @@ class RunStatus(ContractModel):
     """When the first training Job was created."""
     finished_at: AwareDatetime | None = None
     """When the run ended."""
+    plan_key: Annotated[str, Field(max_length=64)] | None = None
+    """Digest of the spec fields that status.plan was made for."""
+    replans: Annotated[int, Field(ge=0)] = 0
+    """How often the run was out of GPU memory and got a smaller plan; an edit of what is planned begins anew."""
 
 
 class SavedCheckpoint(ContractModel):
@@ -267,5 +271,7 @@ class QLoRAJobStatus(ContractModel):
     """Jobs created so far, by step. Never counts back, so that no Job's name comes twice."""
     job: str | None = None
     """The Job that does the current step, or did the last one: `kubectl logs job/<name>`."""
+    warned_until: AwareDatetime | None = None
+    """When the last pod ended whose warnings have been told as events."""
     merge_key: str | None = None
     """Digest of the spec.merge that the merged artifacts were made with."""

@@ -19,9 +19,10 @@ SERVICE_ACCOUNT = "system:serviceaccount:qlora-system:qlora-operator"
 
 @pytest.fixture(scope="module")
 def rules(cluster: Cluster) -> list[dict[str, Any]]:
-    """What the operator's ClusterRole grants."""
+    """What the operator's ClusterRole and its Role for the Lease grant."""
     role: dict[str, Any] = json.loads(cluster.kubectl("get", "clusterrole", "qlora-operator", "-o", "json"))
-    granted: list[dict[str, Any]] = role["rules"]
+    lease = json.loads(cluster.kubectl("-n", "qlora-system", "get", "role", "qlora-operator-lease", "-o", "json"))
+    granted: list[dict[str, Any]] = role["rules"] + lease["rules"]
     return granted
 
 

@@ -17,6 +17,7 @@ from tests.support.live import Cluster, eventually
 CHART = REPOSITORY / "charts" / "qlora-operator"
 RELEASE = "handlers"
 CONFIG = {
+    "leaseDurationSeconds": 6,
     "trainerImage": "qlora/none:none",
     "imagePullPolicy": "Never",
     "extraVolumes": [{"name": "never", "persistentVolumeClaim": {"claimName": CLAIM}}],
@@ -46,7 +47,8 @@ def stage(
     config = directory / "config.yaml"
     config.write_text(json.dumps(CONFIG))
     operator = OperatorProcess(name, _kubeconfig(cluster, name, directory), config, directory / "operator.log")
-    operator.start()
+    if getattr(request.module, "STARTS_OPERATOR", True):
+        operator.start()
     yield Stage(cluster, name, operator)
     operator.stop()
 
@@ -68,7 +70,7 @@ def _kubeconfig(cluster: Cluster, namespace: str, directory: Path) -> Path:
         *("template", RELEASE, str(CHART), "--namespace", namespace, "--kube-version", "1.36.0"),
         *("--set", "discovery.dynamicResources=true"),
         *("--set", f"watchNamespaces={{{namespace}}}", "--show-only", "templates/rbac.yaml"),
-        *("--show-only", "templates/observations.yaml"),
+        *("--show-only", "templates/observations.yaml", "--show-only", "templates/lease.yaml"),
     )
     cluster.kubectl("-n", namespace, "apply", "-f", "-", input_text=rendered)
     account = f"{RELEASE}-qlora-operator"
@@ -77,7 +79,8 @@ def _kubeconfig(cluster: Cluster, namespace: str, directory: Path) -> Path:
     config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]
     path = directory / "kubeconfig"
     path.write_text(json.dumps(config))
-    granted = (("list", "qlorajobs.qlora.dev"), ("get", f"configmaps/{CONFIG_MAP}"))
+    lease = ("get", f"leases.coordination.k8s.io/{account}")
+    granted = (("list", "qlorajobs.qlora.dev"), ("get", f"configmaps/{CONFIG_MAP}"), lease)
     eventually(lambda: all(_may(cluster, namespace, account, *each) for each in granted), 10, "the Roles are in force")
     return path
 

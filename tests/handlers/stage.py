@@ -12,12 +12,15 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_operator.experience import ENV_NAMESPACE
+from qlora_operator.handlers import ENV_LEASE, ENV_LEASE_NAMESPACE, ENV_METRICS_PORT, ENV_POD
+from qlora_operator.metrics import METRICS_PORT
 from qlorajob.run import RunReport
 from tests.support.live import Cluster, eventually
 
@@ -30,24 +33,50 @@ Json = dict[str, Any]
 
 @dataclass
 class OperatorProcess:
-    """`kopf run` with the rights of the chart's ServiceAccount in one namespace."""
+    """`kopf run` with the rights of the chart's ServiceAccount in one namespace.
+
+    With a `lease` it is one of several, each with a `number` of its own (and with it an identity and ports).
+    """
 
     namespace: str
     kubeconfig: Path
     config: Path
     log: Path
     process: subprocess.Popen[bytes] | None = field(default=None)
+    lease: str = ""
+    number: int = 0
+
+    @property
+    def identity(self) -> str:
+        return f"operator-{self.number}"
+
+    def healthy(self) -> bool:
+        try:
+            return _get(f"http://127.0.0.1:{18080 + self.number}/healthz") is not None
+        except OSError:
+            return False
+
+    def metrics(self) -> str:
+        """Nothing as long as nobody answers."""
+        try:
+            return _get(f"http://127.0.0.1:{METRICS_PORT + self.number}/metrics")
+        except OSError:
+            return ""
 
     def start(self) -> None:
         command = [sys.executable, "-m", "kopf", "run", "--standalone"]
         command += [f"--module=qlora_operator.{name}" for name in ("handlers", "node_handlers", "slice_handlers")]
-        command += [f"--namespace={self.namespace}", "--log-format=json", "--liveness=http://127.0.0.1:18080/healthz"]
+        command += [f"--namespace={self.namespace}", "--log-format=json"]
+        command += [f"--liveness=http://127.0.0.1:{18080 + self.number}/healthz"]
         environment = os.environ | {
             "KUBECONFIG": str(self.kubeconfig),
             "QLORA_OPERATOR_CONFIG": str(self.config),
             ENV_NAMESPACE: self.namespace,
+            ENV_METRICS_PORT: str(METRICS_PORT + self.number),
             "PYTHONPATH": str(REPOSITORY / "operator"),
         }
+        if self.lease:
+            environment |= {ENV_LEASE: self.lease, ENV_LEASE_NAMESPACE: self.namespace, ENV_POD: self.identity}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.log.parent)
 
@@ -167,6 +196,11 @@ class Stage:
         status = {"phase": phase, "containerStatuses": [container], "conditions": conditions}
         patch = json.dumps({"status": status})
         self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge", "-p", patch)
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as response:
+        return str(response.read().decode())
 
 
 def _now() -> str:

@@ -112,10 +112,11 @@ def test_what_the_operator_may_not_look_at_it_does_not_watch(cluster: Cluster) -
 
 
 def test_an_operator_of_some_namespaces_that_reads_no_nodes_gets_no_cluster_role(cluster: Cluster) -> None:
-    off = ("aggregateRoles=false", "discovery.nodes=false", "learning.enabled=false", NO_CLAIMS)
+    off = ("aggregateRoles=false", "discovery.nodes=false", NO_CLAIMS)
     objects = render(cluster, 'watchNamespaces=["a","b"]', *off)
     assert of_kind(objects, "ClusterRole") == []
-    assert [role["metadata"]["namespace"] for role in of_kind(objects, "Role")] == ["a", "b"]
+    roles = [role["metadata"] for role in of_kind(objects, "Role")]
+    assert [role.get("namespace") for role in roles if role["name"] == "qlora-operator"] == ["a", "b"]
     arguments = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]["args"]
     assert {"--namespace=a", "--namespace=b"} <= set(arguments)
     assert "--all-namespaces" not in arguments
@@ -126,11 +127,12 @@ def test_what_runs_took_is_kept_in_one_config_map_that_upgrades_leave_alone(clus
     (kept,) = [found for found in of_kind(objects, "ConfigMap") if found["metadata"]["name"] == "qlora-observations"]
     assert set(kept) == {"apiVersion", "kind", "metadata"}  # with data, helm would put that back
     assert kept["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
-    (role,) = of_kind(objects, "Role")
+    (role,) = [role for role in of_kind(objects, "Role") if role["metadata"]["name"].endswith("-observations")]
     rule = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get", "patch"]}
     assert role["rules"] == [rule | {"resourceNames": ["qlora-observations"]}]
-    (binding,) = of_kind(objects, "RoleBinding")
-    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    (binding,) = [
+        binding for binding in of_kind(objects, "RoleBinding") if binding["roleRef"]["name"] == role["metadata"]["name"]
+    ]
     assert binding["subjects"][0]["name"] == "qlora-operator"
 
 
@@ -140,14 +142,25 @@ def test_an_operator_that_is_not_to_learn_has_no_config_map_and_no_right_to_one(
         return {entry["name"] for entry in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
 
     objects = render(cluster, "learning.enabled=false")
-    assert of_kind(objects, "Role") == []
+    assert [role["metadata"]["name"] for role in of_kind(objects, "Role")] == ["qlora-operator-lease"]
     assert "qlora-observations" not in {found["metadata"]["name"] for found in objects}
     assert environment() - environment("learning.enabled=false") == {"QLORA_OBSERVATIONS_NAMESPACE"}
 
 
-def test_one_operator_ends_before_the_next_starts(cluster: Cluster) -> None:
-    spec = of_kind(render(cluster), "Deployment")[0]["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+def test_operators_agree_on_one_lease_and_have_no_right_to_another(cluster: Cluster) -> None:
+    objects = render(cluster, "replicaCount=2", "leaderElection.leaseDurationSeconds=30")
+    spec = of_kind(objects, "Deployment")[0]["spec"]
+    assert spec["replicas"] == 2
+    env = {entry["name"]: entry for entry in spec["template"]["spec"]["containers"][0]["env"]}
+    (role,) = [role for role in of_kind(objects, "Role") if role["metadata"]["name"].endswith("-lease")]
+    leases = {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"]}
+    assert role["rules"] == [
+        leases | {"resourceNames": [env["QLORA_LEASE"]["value"]], "verbs": ["get", "patch"]},
+        leases | {"verbs": ["create"]},
+    ]
+    paths = {name: env[name]["valueFrom"]["fieldRef"]["fieldPath"] for name in ("QLORA_LEASE_NAMESPACE", "QLORA_POD")}
+    assert paths == {"QLORA_LEASE_NAMESPACE": "metadata.namespace", "QLORA_POD": "metadata.name"}
+    assert configuration(objects).lease_duration_seconds == 30
 
 
 def test_monitors_are_there_on_request(cluster: Cluster) -> None:

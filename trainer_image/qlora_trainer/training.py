@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from qlora_trainer.batches import TOKEN_COUNT, Collator, as_dataset, model_inputs
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
 
 LENGTH_MULTIPLE = 64
 """On a GPU rows are filled up to a multiple of this: what its matrix units work in, and few different shapes."""
+
+
+class SimilarLengths(LengthGroupedSampler):  # type: ignore[misc]
+    """transformers' groupByLength, in an order that follows from seed and epoch alone.
+
+    transformers draws it from torch's global generator, so that a run that resumes within an epoch would go on with
+    other rows than those that are left.
+    """
+
+    def __init__(self, sampler: Any, seed: int, epoch: Callable[[], int]) -> None:
+        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+        self._seed, self._epoch = seed, epoch
+
+    def __iter__(self) -> Any:
+        """Indices of all rows: one pass."""
+        self.generator.manual_seed(self._seed + self._epoch())
+        return super().__iter__()
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -86,6 +104,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """transformers' own choice, which is the same again for a run that resumes."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        steps = math.ceil(len(sampler) / self.get_total_train_batch_size(self.args))
+        return SimilarLengths(sampler, self.args.seed, lambda: self.state.global_step // steps)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: transformers walks all modules for it, in every step."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
-
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from qlora_operator.decision import DeleteJob
+from qlora_operator.patching import merge_patch
 from qlorajob.errors import ExitCode, Reason
+from qlorajob.identity import plan_key
+from qlorajob.plan import Plan
+from qlorajob.run import RunConfig
 from qlorajob.status import Phase
+from tests.support import gpus
 from tests.support.reports import adapter, failure, merge_report, prepare_report, train_report
 from tests.unit.operator.world import World, qlorajob
 
 SEEDS = st.integers(0, 3)
+MOST_LOOKS = 8
 STEPS = ("prepare", "train", "merge")
+GPU_JOB = {"resources": {"gpuClass": "auto"}, "training": {"seed": 0, "globalBatchSize": 4}}
+NODES = {"a": gpus.whole("a", "NVIDIA-L4"), "b": gpus.whole("b", "NVIDIA-A100-SXM4-40GB")}
 
 
 class Histories(RuleBasedStateMachine):
@@ -36,6 +42,17 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def die_before_the_status_is_written(self) -> None:
         self.world.look(record=False)
+
+    @rule()
+    def look_until_nothing_is_left_to_do(self) -> None:
+        """Where nothing changes, looks soon do nothing, write nothing and tell nothing."""
+        for _ in range(MOST_LOOKS):
+            before = self.world.status.to_wire()
+            decision = self.world.look()
+            if not decision.actions and not merge_patch(before, decision.status.to_wire()):
+                assert decision.events == ()
+                return
+        raise AssertionError(f"still busy: {decision}")
 
     # Users
 
@@ -159,15 +176,69 @@ class Histories(RuleBasedStateMachine):
         self.no_run_is_trained_twice()
 
 
+class HistoriesOnGpus(Histories):
+    """The same on a cluster whose GPUs run out of memory, come and go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(qlorajob(GPU_JOB), fleet=gpus.fleet(*NODES.values()))
+        self.nodes = set(NODES)
+        self.planned_for: object = None
+        self.rungs: dict[int, Plan] = {}
+        """Plans of the current ladder, by how often the run was out of memory."""
+
+    @rule(name=st.sampled_from(sorted(NODES)))
+    def a_node_comes_or_goes(self, name: str) -> None:
+        self.nodes ^= {name}
+        self.world.fleet = gpus.fleet(*(NODES[node] for node in sorted(self.nodes)))
+        self.rungs = {}
+
+    @rule(rows=st.sampled_from(["auto", 1, 2]))
+    def edit_the_micro_batch(self, rows: int | str) -> None:
+        self.world.edit({"training": {"microBatchSize": rows}})
+
+    @precondition(lambda self: self._only_live_pod("train"))
+    @rule()
+    def run_out_of_memory(self) -> None:
+        self.world.end("train", ExitCode.OUT_OF_MEMORY)
+
+    @invariant()
+    def each_rung_takes_less_and_stays_what_it_is(self) -> None:
+        """Until the spec is edited, or a node comes or goes."""
+        run, plan, key = self.world.status.run, self.world.status.plan, plan_key(self.world.job.spec)
+        if run is None or plan is None or run.plan_key != key:
+            return
+        if self.planned_for != (run.id, key):
+            self.planned_for, self.rungs = (run.id, key), {}
+        before = self.rungs.get(run.replans - 1)
+        assert before is None or _size(plan) > _size(before)
+        assert not run.replans or self.rungs.setdefault(run.replans, plan) == plan
+        self.rungs[run.replans] = plan
+
+    def teardown(self) -> None:
+        self.world.fleet = gpus.fleet(*NODES.values())
+        super().teardown()
+
+
+def _size(plan: Plan) -> tuple[int, int, int, bool]:
+    """How far down the ladder a plan stands."""
+    return plan.gpu_memory_mib, -plan.micro_batch_size, plan.checkpointed_layers, plan.offload_checkpoints
+
+
 def _key_of(world: World, job_name: str) -> str:
     """The key that this Job's RunConfig holds."""
+    return _config_of(world, job_name).key
+
+
+def _config_of(world: World, job_name: str) -> RunConfig:
+    """What this Job's pods are given."""
     container = world.manifests[job_name]["spec"]["template"]["spec"]["containers"][0]
-    config = next(item["value"] for item in container["env"] if item["name"] == "QLORA_RUN_CONFIG")
-    key: str = json.loads(config)["key"]
-    return key
+    return RunConfig.from_json(next(item["value"] for item in container["env"] if item["name"] == "QLORA_RUN_CONFIG"))
 
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+TestHistoriesOnGpus = HistoriesOnGpus.TestCase
+TestHistoriesOnGpus.settings = settings(TestHistories.settings, max_examples=50)

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_operator.config import OperatorConfig
 from qlora_operator.dra_gpus import SliceFacts, slice_facts
-from qlora_operator.handlers import is_stalled_without_plan
+from qlora_operator.handlers import is_stalled_without_job
 from qlora_operator.inventory import Inventory
 from qlora_operator.node_gpus import NodeFacts, node_facts
 from tests.support import gpus
@@ -88,9 +88,9 @@ def test_nodes_without_gpus_are_no_news_unless_their_gpus_are_claimed() -> None:
         ({"prepared": {"key": "x"}, "conditions": [{"type": "Stalled", "status": "True"}]}, True),
         ({"prepared": {"key": "x"}, "conditions": [{"type": "Reconciling", "status": "True"}]}, False),
         ({"conditions": [{"type": "Stalled", "status": "True"}]}, False),
-        ({"prepared": {"key": "x"}, "plan": {}, "conditions": [{"type": "Stalled", "status": "True"}]}, True),
-        ({"prepared": {"key": "x"}, "plan": {"gpus": 1}, "conditions": [{"type": "Stalled", "status": "True"}]}, False),
+        ({"prepared": {"key": "x"}, "plan": {"gpus": 1}, "conditions": [{"type": "Stalled", "status": "True"}]}, True),
+        ({"prepared": {"key": "x"}, "job": "x", "conditions": [{"type": "Stalled", "status": "True"}]}, False),
     ],
 )
-def test_only_jobs_without_a_plan_are_looked_at_again(status: Json, waits: bool) -> None:
-    assert is_stalled_without_plan({"status": status}) is waits
+def test_only_prepared_jobs_that_have_not_started_are_looked_at_again(status: Json, waits: bool) -> None:
+    assert is_stalled_without_job({"status": status}) is waits

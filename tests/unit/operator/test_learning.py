@@ -13,6 +13,7 @@ from qlora_operator.experience import CONFIG_MAP, REREAD_SECONDS, Experience
 from qlora_vram.observations import LIMIT, Observation, Observations
 from qlorajob.errors import ExitCode
 from qlorajob.plan import Plan
+from qlorajob.status import Phase
 from tests.support import gpus
 from tests.support.reports import LLAMA_7B, failure, train_report
 from tests.unit.operator.world import START, World, qlorajob
@@ -97,7 +98,7 @@ def test_a_run_that_goes_on_from_another_plans_checkpoint_teaches_nothing() -> N
     world = planned()
     world.run()
     world.look()
-    world.end("train", ExitCode.OUT_OF_MEMORY, failure("train", ExitCode.OUT_OF_MEMORY, "OutOfMemory", "too much"))
+    world.end("train", ExitCode.INVALID, failure("train", ExitCode.INVALID, "DatasetInvalid", "bad row"))
     world.look()
     world.edit({"backoffLimit": 1})
     world.prepare(facts=LLAMA_7B)
@@ -105,6 +106,19 @@ def test_a_run_that_goes_on_from_another_plans_checkpoint_teaches_nothing() -> N
     assert world.status.run is not None
     assert world.status.run.attempt == 2
     assert world.observations.entries == {}
+
+
+def test_a_run_that_was_out_of_memory_teaches_that_and_the_attempt_after_it_nothing() -> None:
+    world = planned(spec={"resources": {"gpuClass": "L4"}, "training": {"maxSequenceLength": 512}})
+    world.run()
+    world.look()
+    world.end("train", ExitCode.OUT_OF_MEMORY)
+    world.look()
+    (seen,) = world.observations.entries.values()
+    assert (seen.out_of_memory, seen.tokens_per_second) == (True, None)
+    world.train(peak_bytes=20 * 10**9)
+    assert world.status.phase is Phase.SUCCEEDED
+    assert list(world.observations.entries.values()) == [seen]
 
 
 # The ConfigMap

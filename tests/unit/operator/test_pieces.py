@@ -240,6 +240,8 @@ def test_jobs_are_counted_by_namespace_and_phase() -> None:
 
 def test_measurements_reach_their_histograms() -> None:
     metrics = Metrics(list)
+    metrics.record([Measurement("oom_replans", 1), Measurement("oom_replans", 1)])
+    assert "qlora_oom_replans_total 2.0" in metrics.render().decode()
     metrics.record([Measurement("queue_seconds", 3.0), Measurement("vram_prediction_ratio", 0.9)])
     text = metrics.render().decode()
     assert "qlora_queue_seconds_count 1.0" in text

@@ -15,7 +15,7 @@ from qlora_vram.cuts import Cutter, Option
 from qlora_vram.gpus import SHIPPED, GpuClass, usable_bytes
 from qlora_vram.layers import detailed
 from qlora_vram.memory import Breakdown, peak
-from qlora_vram.observations import LIMIT, MOST, Observation, Observations, corrected, observe, physical
+from qlora_vram.observations import LIMIT, MOST, Observation, Observations, corrected, exhausted, observe, physical
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import plan
 from qlora_vram.replan import replan
@@ -68,6 +68,11 @@ def seen(cut: Workload, off: float = 0.0, at: int = 0, gpu: GpuClass = GPU, **fi
         tokens_per_second=speed,
         at=START + timedelta(seconds=at),
     )
+
+
+def failed(cut: Workload, at: int = 0, gpu: GpuClass = GPU) -> Observation:
+    """A run of `cut` that was out of memory."""
+    return exhausted(cut, gpu, peak(cut), trainer=IMAGE, at=START + timedelta(seconds=at))
 
 
 def known(*observations: Observation, trainer: str = IMAGE) -> Observations:
@@ -136,6 +141,29 @@ def test_a_correction_of_what_was_not_measured_is_bounded() -> None:
     assert expected(cut, known(seen(work(rows=2), 3.0))).total == peak(cut).total + most
 
 
+def test_a_cut_that_was_out_of_memory_and_larger_ones_do_not_fit() -> None:
+    observations = known(failed(work(rows=2)))
+    for cut in (work(rows=2), work(rows=3), work(rows=2, length=2048), work(rows=2, layers=31)):
+        assert expected(cut, observations).total > usable_bytes(GPU)
+
+
+def test_a_job_that_was_out_of_memory_is_expected_to_take_the_most_in_smaller_cuts() -> None:
+    cut = work(rows=1)
+    modelled = peak(cut).total
+    assert expected(cut, known(failed(work(rows=2)))).total == modelled + modelled * MOST // 100
+
+
+def test_a_run_that_ended_well_outweighs_one_of_no_larger_cut_that_was_out_of_memory() -> None:
+    held = seen(work(rows=4), 0.0, at=0)
+    assert expected(work(rows=4), known(held, failed(work(rows=2), at=1))).total == held.peak_bytes
+    assert expected(work(rows=2), known(held, failed(work(rows=2), at=1))).total <= usable_bytes(GPU)
+
+
+def test_a_run_that_was_out_of_memory_is_no_measurement_for_other_jobs() -> None:
+    runs = [failed(other) for other in (work(facts=SMALL), work(facts=SMALL, packing=False), work(dropout=False))]
+    assert expected(work(), known(*runs)) == peak(work())
+
+
 def test_another_trainer_says_nothing() -> None:
     cut = work()
     assert expected(cut, known(seen(cut, 0.1, trainer="trainer:0"))) == peak(cut)
@@ -180,9 +208,14 @@ cuts = st.builds(
     layers=st.integers(0, 32),
 )
 shares = st.floats(-1, 2, allow_nan=False)
-experiences = st.lists(st.tuples(cuts, shares), max_size=6).map(
-    lambda runs: known(*(seen(cut, off, at=n, peak_bytes=_took(cut, off)) for n, (cut, off) in enumerate(runs)))
+experiences = st.lists(st.tuples(cuts, st.none() | shares), max_size=6).map(
+    lambda runs: known(*(_ended(cut, off, n) for n, (cut, off) in enumerate(runs)))
 )
+
+
+def _ended(cut: Workload, off: float | None, at: int) -> Observation:
+    """`off` is what it took beyond the prediction; without, it was out of memory."""
+    return failed(cut, at) if off is None else seen(cut, off, at=at, peak_bytes=_took(cut, off))
 
 
 def _took(cut: Workload, off: float) -> int:
@@ -262,6 +295,29 @@ def test_a_run_that_nearly_filled_its_gpu_is_planned_smaller_and_not_merely_else
     assert isinstance(following, Plan)
     before, after = cutter.modelled(cutter.planned(first)), cutter.modelled(cutter.planned(following))
     assert after.total <= before.total
+
+
+def test_jobs_of_one_shape_walk_down_once_between_them() -> None:
+    """Each is out of memory in its first plan: none begins where another has failed, and the last is tried again."""
+    observations, seen_plans = known(), []
+    for number in range(8):
+        planned = plan(spec(), MODEL, observations=observations)
+        assert isinstance(planned, Plan)
+        seen_plans.append((planned.micro_batch_size, planned.checkpointed_layers, planned.offload_checkpoints))
+        observations = observations.including(failed(Cutter(spec(), MODEL, Option(GPU)).planned(planned), at=number))
+    tried = list(dict.fromkeys(seen_plans))
+    assert seen_plans == tried + [tried[-1]] * (len(seen_plans) - len(tried))
+
+
+def test_only_runs_out_of_memory_stand_in_the_way_of_another_try() -> None:
+    fixed = spec({"training": {"microBatchSize": 1, "gradientCheckpointing": False}})
+    first = plan(fixed, MODEL)
+    assert isinstance(first, Plan)
+    again = plan(fixed, MODEL, observations=known(failed(Cutter(fixed, MODEL, Option(GPU)).planned(first))))
+    assert isinstance(again, Plan)
+    assert "another try" in again.reason
+    hopeless = spec({"training": {"maxSequenceLength": 131072}})
+    assert isinstance(plan(hopeless, MODEL, observations=known(failed(work()))), DoesNotFit)
 
 
 def test_replanning_still_ends_and_takes_less_each_time() -> None:

@@ -249,14 +249,58 @@ def test_weights_from_a_cache_need_no_local_disk() -> None:
     assert (without, cached) == ("23040Mi", "7Gi")
 
 
-def test_an_export_takes_more_memory_to_merge() -> None:
-    merged, exported = (
-        merge_requests(spec(merge={"enabled": True} | more), TINY, Defaults()).memory
-        for more in ({}, {"gguf": {"quantization": "q8_0"}})
+def to_merge(facts: ModelFacts, **sections: dict[str, Any]) -> tuple[int, int]:
+    """Memory and disk that merging asks for, in MiB."""
+    found = merge_requests(spec(**{"merge": {"enabled": True}} | sections), facts, Defaults())
+    return _mebibytes(found.memory), _mebibytes(found.ephemeral_storage)
+
+
+def _mebibytes(quantity: str) -> int:
+    return int(quantity[:-2]) * (1024 if quantity.endswith("Gi") else 1)
+
+
+GGUF = {"enabled": True, "gguf": {"quantization": "q8_0"}}
+
+
+def test_merging_takes_little_memory_whatever_the_model() -> None:
+    assert to_merge(TINY)[0] <= 3 * 1024
+    assert to_merge(LLAMA_7B)[0] <= 5 * 1024
+    assert to_merge(LLAMA_70B)[0] <= 8 * 1024
+
+
+def test_merging_has_room_for_the_download_and_one_file() -> None:
+    _, disk = to_merge(LLAMA_70B)
+    _, cached = to_merge(LLAMA_70B, model={"uri": "hf://o/m", "cacheClaim": "weights"})
+    download = (LLAMA_70B.weight_bytes or 2 * LLAMA_70B.parameters) / 2**20
+    assert disk - cached >= download
+    assert 5e9 / 2**20 < cached < 12 * 1024
+
+
+def test_an_export_takes_its_two_files_on_disk() -> None:
+    (_, without), (_, exported) = to_merge(LLAMA_7B), to_merge(LLAMA_7B, merge=GGUF)
+    assert exported - without >= 3 * LLAMA_7B.parameters / 2**20
+
+
+@given(FACTS, st.sampled_from([1, 2, 7]), st.sampled_from(["bfloat16", "float32"]), st.booleans(), st.integers(1, 256))
+def test_merging_a_larger_model_never_asks_for_less(
+    facts: ModelFacts, times: int, dtype: str, exports: bool, rank: int
+) -> None:
+    wider = facts.model_copy(
+        update={
+            "linears": tuple(each.model_copy(update={"outputs": each.outputs * times}) for each in facts.linears),
+            "parameters": facts.parameters * times,
+            "embedding_parameters": facts.embedding_parameters * times,
+            "head_parameters": facts.head_parameters * times,
+            "weight_bytes": facts.weight_bytes * times,
+        }
     )
-    assert (merged, exported) == ("3Gi", "3Gi")
-    large = merge_requests(spec(merge={"enabled": True}), LLAMA_7B, Defaults())
-    assert large.memory == "28160Mi"
+    asked = {"lora": {"rank": rank}, "merge": (GGUF if exports else {"enabled": True}) | {"dtype": dtype}}
+    less, more = to_merge(facts, **asked), to_merge(wider, **asked)
+    assert less[0] <= more[0]
+    assert less[1] <= more[1]
+    plain = to_merge(facts)
+    assert plain[0] <= to_merge(facts, lora={"rank": 512})[0]
+    assert plain[1] <= to_merge(facts, merge=GGUF)[1]
 
 
 # Several GPUs, once the trainer can
