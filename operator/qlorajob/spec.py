@@ -319,7 +319,7 @@ class ResourcesSpec(SpecModel):
 
 
 class OutputSpec(SpecModel):
-    """Where the results go: <uri>/<run id>/{adapter, checkpoints, merged, report.json, manifest.json}."""
+    """Where the results go: <uri>/<run id>/{adapter, merged, gguf, report.html, report.json, manifest.json}."""
 
     uri: OutputUri
     """s3://bucket/prefix. The bucket must exist."""
@@ -332,10 +332,10 @@ class OutputSpec(SpecModel):
 
 
 class GgufSpec(SpecModel):
-    """Export for llama.cpp."""
+    """Export for llama.cpp, which must know the model's architecture and tokenizer."""
 
     quantization: Literal["f16", "q8_0", "q4_k_m"] = "q4_k_m"
-    """GGUF quantization type."""
+    """16, 8.5 or about 4.8 bits a weight. q4_k_m is what most people run; q8_0 is hardly told from f16."""
 
 
 class MergeSpec(SpecModel):

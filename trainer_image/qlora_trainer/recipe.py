@@ -25,7 +25,8 @@ from qlora_trainer.journal import Journal
 from qlora_trainer.metrics import Telemetry
 from qlora_trainer.model_source import open_model
 from qlora_trainer.publication import Publication
-from qlora_trainer.report import build_report, provenance, report_files
+from qlora_trainer.report import build_report, provenance
+from qlora_trainer.report_page import report_files
 from qlora_trainer.tokenizer import load_tokenizer
 from qlora_trainer.uploads import CheckpointUploads
 from qlorajob.errors import ExitCode, Reason, StepError
