@@ -17,7 +17,7 @@ from qlora_trainer.artifacts import RunStore
 from qlora_trainer.context import Context
 from qlora_trainer.settings import usable_memory
 from qlorajob.errors import ExitCode, Reason, StepError
-from qlorajob.manifest import ADAPTER, GGUF, MERGED, REPORT, ArtifactManifest, ManifestFile
+from qlorajob.manifest import ADAPTER, GGUF, MERGED, REPORT, REPORT_PAGE, ArtifactManifest, ManifestFile
 from qlorajob.spec import MergeSpec
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 LOADING_BYTES = 3 << 29
 """Memory that generating takes beside the weights: Python, torch, transformers and the activations."""
+WRITTEN = (f"{MERGED}/", f"{GGUF}/", REPORT, REPORT_PAGE)
+"""Where in the run's prefix a merge writes."""
 NOT_TENSORS = ("generation_config.json", "*.py")
 """Files of the base model that belong to the merged one as they are: code that comes with the model, defaults."""
 
@@ -200,7 +202,7 @@ def _write_gguf(
 
 def _retracted(manifest: ArtifactManifest) -> ArtifactManifest:
     """The manifest without the files that a merge writes, and so may replace."""
-    files = tuple(file for file in manifest.files if file.path.startswith(f"{ADAPTER}/"))
+    files = tuple(file for file in manifest.files if not file.path.startswith(WRITTEN))
     artifacts = manifest.artifacts.model_copy(update={"merged": None, "gguf": None})
     return manifest.model_copy(update={"files": files, "artifacts": artifacts})
 
