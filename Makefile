@@ -64,7 +64,9 @@ browser: ## Install Chromium, which tests look at the report with; needs root on
 llama-cpp: setup ## Build llama.cpp's tools for GGUF exports into .venv; the first time takes ten minutes
 	@command -v cmake > /dev/null && command -v c++ > /dev/null || { $(APT) update && $(APT) install cmake g++; }
 	trainer_image/llama-cpp.sh $(LLAMA_CPP) $(PYTHON) llama-debug
-	@mkdir -p $(VENV)/share/llama.cpp && cp -r $(LLAMA_CPP)/. $(VENV)/share/llama.cpp
+	@cmp -s $(LLAMA_CPP)/VERSION $(VENV)/share/llama.cpp/VERSION || { \
+	  rm -rf $(VENV)/share/llama.cpp.new && cp -r $(LLAMA_CPP) $(VENV)/share/llama.cpp.new && \
+	  rm -rf $(VENV)/share/llama.cpp && mv $(VENV)/share/llama.cpp.new $(VENV)/share/llama.cpp; }
 
 .PHONY: verify
 verify: setup cluster-tools ## Check format, lint, types, import contracts, generated files, chart and metrics

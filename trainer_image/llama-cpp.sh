@@ -25,9 +25,15 @@ echo "llama-cpp-python==$VERSION --hash=sha256:$SHA256" > "$work/pin.txt"
 tar -xzf "$work/llama_cpp_python-$VERSION.tar.gz" -C "$work"
 source="$work/llama_cpp_python-$VERSION/vendor/llama.cpp"
 
+# More than half of the work is the tools' common library, and most of that the same headers in 45 files: in one piece,
+# and without the last bit of optimization, which is for what computes (C), everything is built in half the time.
+echo 'cmake_language(DEFER CALL set_target_properties llama-common PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 64)' \
+  > "$work/in-one-piece.cmake"
 # No GGML_NATIVE: the machine that merges isn't the one that builds. No network code: only files are read and written.
 cmake -S "$source" -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=OFF \
   -DGGML_OPENMP=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF \
+  -DCMAKE_PROJECT_llama.cpp_INCLUDE="$work/in-one-piece.cmake" \
+  -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG" -DLLAMA_ALL_WARNINGS=OFF -DGGML_ALL_WARNINGS=OFF \
   -DCMAKE_EXE_LINKER_FLAGS="-static-libstdc++ -static-libgcc" > "$work/cmake.log"
 cmake --build "$work/build" --parallel "$(nproc)" --target "${targets[@]}" > "$work/build.log" \
   || { tail -n 40 "$work/build.log" >&2; exit 1; }

@@ -21,7 +21,7 @@ from qlorajob.errors import ExitCode, Reason, StepError
 logger = logging.getLogger(__name__)
 
 TOOLS = Path(sys.prefix) / "share" / "llama.cpp"
-"""Beside the Python environment, since the converter runs in it."""
+"""Beside the Python that runs this: the converter runs in it, too."""
 CONVERTER, QUANTIZER, RUNTIME = "convert_hf_to_gguf.py", "llama-quantize", "llama-completion"
 END = " [end of text]\n"
 """What llama-completion adds where the model ends by itself."""
@@ -55,9 +55,8 @@ def answer(file: Path, text: str, max_new_tokens: int) -> str:
 
     The file is mapped: where it is larger than the memory, every token reads it anew.
     """
-    longest = (
-        len(text.encode()) + max_new_tokens + 8
-    )  # a token is a byte or more; or else the model's own, which is huge
+    # A token is a byte or more. Without a limit it would be the model's own, whose cache may take more than its weights.
+    longest = len(text.encode()) + max_new_tokens + 8
     said = _run(
         [
             *(str(TOOLS / RUNTIME), "--model", str(file), "--prompt", text, "--no-escape"),
@@ -100,7 +99,7 @@ def _convert(model: Path, path: Path, kind: str, *options: str) -> None:
 
 def _run(command: list[str]) -> str:
     """Run a tool; what it wrote to standard output. All that it said goes to the log where it fails."""
-    environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     tool = Path(command[1] if command[0] == sys.executable else command[0]).name
     if done.returncode == 0:
