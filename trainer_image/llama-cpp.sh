@@ -25,10 +25,13 @@ echo "llama-cpp-python==$VERSION --hash=sha256:$SHA256" > "$work/pin.txt"
 tar -xzf "$work/llama_cpp_python-$VERSION.tar.gz" -C "$work"
 source="$work/llama_cpp_python-$VERSION/vendor/llama.cpp"
 
-# More than half of the work is the tools' common library, and most of that the same headers in 45 files: in one piece,
-# and without the last bit of optimization, which is for what computes (C), everything is built in half the time.
-echo 'cmake_language(DEFER CALL set_target_properties llama-common PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 64)' \
-  > "$work/in-one-piece.cmake"
+# More than half of the work would be the tools' common library: 45 files with the same large headers. So it is compiled
+# in one piece, but for two files that don't bear it. And full optimization is only for what computes, which is in C.
+cat > "$work/in-one-piece.cmake" << 'END'
+cmake_language(DEFER CALL set_target_properties llama-common PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 64)
+cmake_language(DEFER CALL set_source_files_properties common/json.cpp common/jinja/value.cpp
+  TARGET_DIRECTORY llama-common PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+END
 # No GGML_NATIVE: the machine that merges isn't the one that builds. No network code: only files are read and written.
 cmake -S "$source" -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=OFF \
   -DGGML_OPENMP=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF \

@@ -321,7 +321,7 @@ class ResourcesSpec(SpecModel):
 
 
 class OutputSpec(SpecModel):
-    """Where the results go: <uri>/<run id>/{adapter, merged, gguf, tensorboard, report.html, report.json, manifest.json}."""
+    """Results: <uri>/<run id>/{adapter, merged, gguf, tensorboard, report.html, report.json, manifest.json}."""
 
     uri: OutputUri
     """s3://bucket/prefix. The bucket must exist."""

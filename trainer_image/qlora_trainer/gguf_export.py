@@ -55,7 +55,7 @@ def answer(file: Path, text: str, max_new_tokens: int) -> str:
 
     The file is mapped: where it is larger than the memory, every token reads it anew.
     """
-    # A token is a byte or more. Without a limit it would be the model's own, whose cache may take more than its weights.
+    # A token is a byte or more. The model's own limit may take more memory than its weights.
     longest = len(text.encode()) + max_new_tokens + 8
     said = _run(
         [
