@@ -38,7 +38,7 @@ cmake -S "$source" -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LI
   -DCMAKE_PROJECT_llama.cpp_INCLUDE="$work/in-one-piece.cmake" \
   -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG" -DLLAMA_ALL_WARNINGS=OFF -DGGML_ALL_WARNINGS=OFF \
   -DCMAKE_EXE_LINKER_FLAGS="-static-libstdc++ -static-libgcc" > "$work/cmake.log"
-cmake --build "$work/build" --parallel "$(nproc)" --target "${targets[@]}" > "$work/build.log" \
+cmake --build "$work/build" --parallel "$(nproc)" --target "${targets[@]}" > "$work/build.log" 2>&1 \
   || { tail -n 40 "$work/build.log" >&2; exit 1; }
 
 rm -rf "$destination"

@@ -15,6 +15,9 @@ from qlorajob.spec import QLoRAJobSpec
 LOADED_BYTES = 2 * GIB
 """Python with torch and transformers, and room to breathe."""
 
+MERGING_BYTES_PER_WEIGHT = 8
+"""Of the tensor that is merged: the update in float32, the weight beside it, and their sum in 16 bit."""
+
 
 class Settings(Protocol):
     """What an administrator decides. The operator's configuration is one."""
@@ -52,15 +55,28 @@ def gpu_requests(spec: QLoRAJobSpec, cut: Workload, settings: Settings) -> Reque
 
 
 def merge_requests(spec: QLoRAJobSpec, facts: ModelFacts, settings: Settings) -> Requests:
-    """What merging takes: the 16-bit model in memory (the GGUF export holds it again), and on disk twice."""
+    """What merging takes: in memory the largest tensor, or the whole merged model where it is to answer prompts.
+
+    On disk it is the base, the merged model (of which an upload may need a copy), and what the GGUF export adds.
+    """
     bytes_per_parameter = 4 if spec.merge.dtype == "float32" else 2
     merged = facts.parameters * bytes_per_parameter
     exports = 3 if spec.merge.gguf else 2
+    streamed = MERGING_BYTES_PER_WEIGHT * _largest_tensor(facts)
+    answering = merged + merged // 8 if spec.evaluation.prompts else 0
+    processes = 2 if spec.merge.gguf else 1  # the export's converter is one of its own
     return Requests(
         cpu=settings.cpu_cpu_request,
-        memory=quantity(LOADED_BYTES + exports * merged),
+        memory=quantity(processes * LOADED_BYTES + max(streamed, answering)),
         ephemeral_storage=quantity(2 * GIB + facts.weight_bytes + exports * merged),
     )
+
+
+def _largest_tensor(facts: ModelFacts) -> int:
+    """Weights of the largest tensor in the model's files."""
+    linears = (linear.inputs * linear.outputs for linear in facts.linears)
+    experts = facts.expert_parameters // max(facts.layers, 1)
+    return max(*linears, facts.embedding_parameters, facts.head_parameters, experts, 0)
 
 
 def asked(value: str, automatic: str) -> str:

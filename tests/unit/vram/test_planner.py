@@ -249,14 +249,26 @@ def test_weights_from_a_cache_need_no_local_disk() -> None:
     assert (without, cached) == ("23040Mi", "7Gi")
 
 
-def test_an_export_takes_more_memory_to_merge() -> None:
+def test_a_merge_takes_the_memory_of_the_largest_tensor_whatever_the_model_s_size() -> None:
+    def memory(facts: ModelFacts) -> str:
+        return merge_requests(spec(merge={"enabled": True}), facts, Defaults()).memory
+
+    assert [memory(facts) for facts in (LLAMA_7B, LLAMA_34B, LLAMA_70B)] == ["3Gi", "4Gi", "4Gi"]
+    assert memory(models.facts("Llama-3-8B")) == "6Gi"  # its vocabulary is four times as large
+
+
+def test_a_merged_model_that_is_to_answer_is_held_in_memory_whole() -> None:
+    asks = spec(merge={"enabled": True}, evaluation={"prompts": ["Hello"]})
+    assert merge_requests(asks, LLAMA_7B, Defaults()).memory == "16896Mi"
+
+
+def test_an_export_takes_another_process_and_more_disk_to_merge() -> None:
     merged, exported = (
-        merge_requests(spec(merge={"enabled": True} | more), TINY, Defaults()).memory
+        merge_requests(spec(merge={"enabled": True} | more), LLAMA_7B, Defaults())
         for more in ({}, {"gguf": {"quantization": "q8_0"}})
     )
-    assert (merged, exported) == ("3Gi", "3Gi")
-    large = merge_requests(spec(merge={"enabled": True}), LLAMA_7B, Defaults())
-    assert large.memory == "28160Mi"
+    assert (merged.memory, exported.memory) == ("3Gi", "5Gi")
+    assert (merged.ephemeral_storage, exported.ephemeral_storage) == ("40Gi", "53760Mi")
 
 
 # Several GPUs, once the trainer can
