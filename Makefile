@@ -61,7 +61,7 @@ browser: ## Install Chromium, which tests look at the report with; needs root on
 	@command -v chromium chromium-browser google-chrome > /dev/null || { $(APT) update && $(APT) install chromium; }
 
 .PHONY: llama-cpp
-llama-cpp: setup ## Build llama.cpp's tools for GGUF exports into .venv; the first time takes ten minutes
+llama-cpp: setup ## Build llama.cpp's tools for GGUF exports into .venv; the first time takes minutes
 	@command -v cmake > /dev/null && command -v c++ > /dev/null || { $(APT) update && $(APT) install cmake g++; }
 	trainer_image/llama-cpp.sh $(LLAMA_CPP) $(PYTHON) llama-debug
 	@cmp -s $(LLAMA_CPP)/VERSION $(VENV)/share/llama.cpp/VERSION || { \
