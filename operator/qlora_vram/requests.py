@@ -61,22 +61,25 @@ def gpu_requests(spec: QLoRAJobSpec, cut: Workload, settings: Settings) -> Reque
 def merge_requests(spec: QLoRAJobSpec, facts: ModelFacts, settings: Settings) -> Requests:
     """What merging takes. It goes tensor by tensor and file by file, so hardly any of it follows from the model's size.
 
-    Memory: the largest tensor (read, added up in float32, rounded) and the adapter. Disk: the download, unless a shared
-    volume holds it, and one file of the merged model; all of them where memory allows to load it, since the merged
-    model then answers evaluation.prompts too. A GGUF export writes its whole 16-bit file, and the quantized one beside.
+    Memory: the largest tensor (read, added up in float32, rounded) and the adapter; the whole merged model only where
+    it is to answer evaluation.prompts. Disk: the download, unless a shared volume holds it, and one file of the merged
+    model, or all of it where it answers or is exported. A GGUF export is a process of its own, which writes the whole
+    model in 16 bit and the quantized one beside.
     """
     adapter = ADAPTER * spec.lora.rank * sum((each.inputs + each.outputs) * each.count for each in facts.linears)
     largest = _largest_tensor(facts)
-    memory = LOADED_BYTES + MERGED_TENSOR * largest + 2 * adapter
     bytes_per_parameter = 4 if spec.merge.dtype == "float32" else 2
-    file = max(SHARD_BYTES, bytes_per_parameter * largest)
-    merged = min(bytes_per_parameter * facts.parameters, max(file, memory))
+    merged = bytes_per_parameter * facts.parameters
+    answering = merged + merged // 8 if spec.evaluation.prompts else 0
+    processes = 2 if spec.merge.gguf else 1
+    file = min(merged, max(SHARD_BYTES, bytes_per_parameter * largest))
+    kept = merged if spec.evaluation.prompts or spec.merge.gguf else file
     download = 0 if spec.model.cache_claim else 5 * (facts.weight_bytes or 2 * facts.parameters) // 4
     export = int(GGUF_BYTES[spec.merge.gguf.quantization] * facts.parameters) if spec.merge.gguf else 0
     return Requests(
         cpu=settings.cpu_cpu_request,
-        memory=quantity(memory),
-        ephemeral_storage=quantity(2 * GIB + download + merged + export + 2 * adapter),
+        memory=quantity(processes * LOADED_BYTES + max(MERGED_TENSOR * largest + 2 * adapter, answering)),
+        ephemeral_storage=quantity(2 * GIB + download + kept + export + 2 * adapter),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from qlorajob.spec import QLoRAJobSpec
 
 SAME_RESULT_TRAINING_FIELDS: Final = frozenset(
-    {"microBatchSize", "gradientCheckpointing", "loggingSteps", "saveSteps", "saveTotalLimit"}
+    {"microBatchSize", "gradientCheckpointing", "loggingSteps", "saveSteps", "evalSteps", "saveTotalLimit"}
 )
 """Fields of spec.training that change how a run is executed and watched, but not the adapter that comes out."""
 PLANNED_SECTIONS: Final = ("model", "quantization", "lora", "training", "resources")

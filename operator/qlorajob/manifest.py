@@ -15,6 +15,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest.json"
 REPORT, REPORT_PAGE = "report.json", "report.html"
 ADAPTER, CHECKPOINTS, MERGED, GGUF = "adapter", "checkpoints", "merged", "gguf"
+EVENTS = "tensorboard/events.out.tfevents.qlora"
+"""TensorBoard's file: it reads whatever has tfevents in its name."""
 
 
 class ManifestFile(ContractModel):

@@ -232,6 +232,8 @@ class TrainingSpec(SpecModel):
     """Steps between two values of the loss in logs, metrics and status."""
     save_steps: Annotated[int, Between(0, 100_000_000)] = 100
     """Steps between two checkpoints in S3; 0 saves only when the pod is asked to stop."""
+    eval_steps: Annotated[int, Between(1, 100_000_000)] | None = None
+    """Steps between two validation losses. Unset: one with each checkpoint, unless the validation data are too many."""
     save_total_limit: Annotated[int, Between(1, 1000)] = 3
     """Checkpoints that are kept."""
     seed: Annotated[int, Between(0, 4_294_967_295)] = 42
@@ -319,7 +321,7 @@ class ResourcesSpec(SpecModel):
 
 
 class OutputSpec(SpecModel):
-    """Where the results go: <uri>/<run id>/{adapter, checkpoints, merged, report.json, manifest.json}."""
+    """Results: <uri>/<run id>/{adapter, merged, gguf, tensorboard, report.html, report.json, manifest.json}."""
 
     uri: OutputUri
     """s3://bucket/prefix. The bucket must exist."""
@@ -332,10 +334,10 @@ class OutputSpec(SpecModel):
 
 
 class GgufSpec(SpecModel):
-    """Export for llama.cpp."""
+    """Export for llama.cpp, which must know the model's architecture and tokenizer."""
 
     quantization: Literal["f16", "q8_0", "q4_k_m"] = "q4_k_m"
-    """GGUF quantization type."""
+    """16, 8.5 or about 4.8 bits a weight. q4_k_m is what most people run; q8_0 is hardly told from f16."""
 
 
 class MergeSpec(SpecModel):
@@ -367,6 +369,11 @@ class QLoRAJobSpec(SpecModel):
             holds=lambda s: (
                 s.evaluation.gate is None or not s.evaluation.gate.must_beat_base or s.dataset.validation is not None
             ),
+        ),
+        Rule(
+            cel="!has(self.training.evalSteps) || has(self.dataset.validation)",
+            message="training.evalSteps needs rows to evaluate on: set dataset.validation",
+            holds=lambda s: s.training.eval_steps is None or s.dataset.validation is not None,
         ),
         Rule(
             cel="self.resources.gpuClass != 'cpu' || type(self.resources.gpus) != int",

@@ -64,7 +64,9 @@ def test_it_leaves_adapter_and_merged_model_with_a_manifest_that_holds(
     assert manifest.files
     for file in manifest.files:
         assert hashlib.sha256((manifest_path.parent / file.path).read_bytes()).hexdigest() == file.sha256
-    assert {file.path.split("/")[0] for file in manifest.files} == {"adapter", "merged", "report.json", "report.html"}
+    assert {file.path.split("/")[0] for file in manifest.files} == {
+        *("adapter", "merged", "tensorboard", "report.json", "report.html")
+    }
 
 
 def test_a_second_run_finds_the_first_and_trains_nothing(

@@ -103,6 +103,14 @@ R1: list[Row] = [
     ("max length: TRL's default", "spec.training.max_sequence_length", 1024),
     ("merged", "spec.merge.enabled", True),
     ("into float16", "spec.merge.dtype", "float16"),
+    (
+        "generation after the merge",
+        "spec.evaluation.prompts",
+        (
+            "A woman is walking across the street eating a banana.",
+            "Two young boys are playing football in the park.",
+        ),
+    ),
 ]
 R2: list[Row] = [
     ("base model", "spec.model.uri", "hf://Qwen/Qwen2-7B"),
@@ -117,6 +125,8 @@ R2: list[Row] = [
         "lora.target_modules",
         {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     ),
+    ("data: a local JSON file", "spec.dataset.uri", "pvc://training-data/instructions.json"),
+    ("instruction, input and output", "spec.dataset.format", "instruction"),
     ("3 epochs", "arguments.max_steps", 189),
     ("micro batch", "arguments.per_device_train_batch_size", 4),
     ("accumulation", "arguments.gradient_accumulation_steps", 4),
@@ -148,6 +158,7 @@ R3: list[Row] = [
     ("LoRA r", "lora.r", 64),
     ("LoRA alpha", "lora.lora_alpha", 16),
     ("LoRA dropout", "lora.lora_dropout", 0.1),
+    ("LoRA default targets", "lora.target_modules", None),
     ("10 epochs", "arguments.max_steps", 2500),
     ("micro batch", "arguments.per_device_train_batch_size", 4),
     ("accumulation", "arguments.gradient_accumulation_steps", 1),
@@ -178,6 +189,7 @@ R4: list[Row] = [
     ("evaluation during training", "arguments.eval_strategy", "steps"),
     ("… with every checkpoint", "arguments.eval_steps", 100),
     ("checkpoints to resume from", "arguments.save_steps", 100),
+    ("the same prompts answered by both", "spec.evaluation.prompts", ("公司的年假制度", "报销流程")),
 ]
 TABLES = dict(zip(CONFIGS, (R0, R1, R2, R3, R4), strict=True))
 

@@ -87,6 +87,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             self._journal.curve.append(
                 {
                     "step": state.global_step,
+                    "time": time.time(),
                     "loss": logs["loss"],
                     "learningRate": logs.get("learning_rate"),
                     "gradNorm": logs.get("grad_norm"),
@@ -98,7 +99,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         """Pass the validation loss on."""
         self._telemetry.advance(eval_loss=metrics["eval_loss"])
-        self._journal.evaluations.append({"step": state.global_step, "evalLoss": metrics["eval_loss"]})
+        self._journal.evaluations.append(
+            {"step": state.global_step, "time": time.time(), "evalLoss": metrics["eval_loss"]}
+        )
         logger.info("validated at step %d", state.global_step, extra={"eval_loss": metrics["eval_loss"]})
 
 

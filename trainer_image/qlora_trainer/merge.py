@@ -12,13 +12,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_trainer import logs
+from qlora_trainer import gguf_export, logs
 from qlora_trainer.artifacts import RunStore
 from qlora_trainer.context import Context
 from qlora_trainer.libraries import import_bitsandbytes
 from qlora_trainer.settings import usable_memory
 from qlorajob.errors import ExitCode, Reason, StepError
-from qlorajob.manifest import ADAPTER, MERGED, REPORT, ArtifactManifest, ManifestFile
+from qlorajob.manifest import ADAPTER, GGUF, MERGED, REPORT, REPORT_PAGE, ArtifactManifest, ManifestFile
+from qlorajob.spec import MergeSpec
 
 if TYPE_CHECKING:
     from qlora_trainer.merging import Merge
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 LOADING_BYTES = 3 << 29
 """Memory that generating takes beside the weights: Python, torch, transformers and the activations."""
+WRITTEN = (f"{MERGED}/", f"{GGUF}/", REPORT, REPORT_PAGE)
+"""Where in the run's prefix a merge writes."""
 NOT_TENSORS = ("generation_config.json", "*.py")
 """Files of the base model that belong to the merged one as they are: code that comes with the model, defaults."""
 
@@ -46,42 +49,63 @@ def run(context: Context) -> None:
         outcome.message = "the adapter isn't better than the base model (evaluation.gate): not merged"
         return
     report = json.loads(store.storage.read(REPORT) or b"{}")
-    if manifest.artifacts.merged is not None and report.get("merge", {}).get("dtype") == spec.merge.dtype:
+    if _is_done(manifest, report, spec.merge):
         outcome.message = f"run {prepared.run_id} is already merged"
         return
 
+    manifest = _merge(context, store, manifest, report)
+    outcome.artifacts = manifest.artifacts
+    exported = f", exported as {spec.merge.gguf.quantization}" if spec.merge.gguf else ""
+    outcome.message = f"merged into {spec.merge.dtype} weights{exported}"
+
+
+def _is_done(manifest: ArtifactManifest, report: dict[str, Any], wanted: MergeSpec) -> bool:
+    """Whether the manifest lists all that is wanted, as it is wanted."""
+    done = report.get("merge", {})
+    if manifest.artifacts.merged is None or done.get("dtype") != wanted.dtype:
+        return False
+    if wanted.gguf is None:
+        return True
+    return manifest.artifacts.gguf is not None and done.get("gguf", {}).get("quantization") == wanted.gguf.quantization
+
+
+def _merge(context: Context, store: RunStore, manifest: ArtifactManifest, report: dict[str, Any]) -> ArtifactManifest:
     import_bitsandbytes()
     from qlora_trainer.hardware import DTYPES
     from qlora_trainer.merging import plan_merge
     from qlora_trainer.model_source import open_model
-    from qlora_trainer.report import report_files
+    from qlora_trainer.report_page import report_files
     from qlora_trainer.tokenizer import load_tokenizer, trusts_remote_code
 
+    settings, wanted = context.settings, context.spec.merge
+    code = trusts_remote_code(settings)
     logs.tame_libraries()
-    base = open_model(settings, prepared.model_revision).weights_folder()
+    base = open_model(settings, settings.prepared.model_revision).weights_folder()
     adapter = _clean(settings.folder(ADAPTER))
     store.download_tree(manifest.files, ADAPTER, adapter)
-    dtype = DTYPES[spec.merge.dtype]
-    merge = plan_merge(base, adapter, dtype, trust_remote_code=trusts_remote_code(settings))
-    report["merge"] = {"dtype": spec.merge.dtype, "layers": len(merge.layers), "bytes": merge.bytes}
+    if wanted.gguf is not None:
+        gguf_export.check(base, settings.folder(GGUF), trust_remote_code=code)
+    merge = plan_merge(base, adapter, DTYPES[wanted.dtype], trust_remote_code=code)
+    report["merge"] = {"dtype": wanted.dtype, "layers": len(merge.layers), "bytes": merge.bytes}
 
     manifest = _retracted(manifest)
     store.publish(manifest)  # or a merge that dies on the way would leave a manifest that lists what isn't there
     folder, tokenizer = _clean(settings.folder(MERGED)), load_tokenizer(base, settings)
     asks = bool(report.get("prompts")) and _can_load(merge.bytes, report)
-    files = _write_weights(merge, folder, store, keep=asks)
+    files = _write_weights(merge, folder, store, keep=asks or wanted.gguf is not None)
     del merge
-    files += _write_metadata(base, folder, store, tokenizer, spec.merge.dtype)
+    files += _write_metadata(base, folder, store, tokenizer, wanted.dtype)
     store.keep_only(files, MERGED)
     logger.info("merged model is in storage", extra={"bytes": sum(file.bytes for file in files)})
 
     if asks:
         _answer(context, report, folder, tokenizer)
-    files += tuple(store.write_file(name, content) for name, content in report_files(report).items())
-    manifest = _with_merged(manifest, files, store)
+    exported = _write_gguf(context, report, folder, store, asks=asks)
+    store.keep_only(exported, GGUF)
+    pages = tuple(store.write_file(name, content) for name, content in report_files(report).items())
+    manifest = _with_merged(manifest, files + exported + pages, store)
     store.publish(manifest)
-    outcome.artifacts = manifest.artifacts
-    outcome.message = f"merged into {spec.merge.dtype} weights"
+    return manifest
 
 
 def _write_weights(merge: Merge, folder: Path, store: RunStore, *, keep: bool) -> tuple[ManifestFile, ...]:
@@ -156,18 +180,41 @@ def _answer(context: Context, report: dict[str, Any], folder: Path, tokenizer: A
         entry["merged"] = answer
 
 
+def _write_gguf(
+    context: Context, report: dict[str, Any], merged: Path, store: RunStore, *, asks: bool
+) -> tuple[ManifestFile, ...]:
+    """Export, try and upload the file for llama.cpp, where one is wanted."""
+    from qlora_trainer.tokenizer import trusts_remote_code
+
+    settings, wanted = context.settings, context.spec.merge.gguf
+    if wanted is None:
+        return ()
+    name = settings.config.name
+    folder, code = _clean(settings.folder(GGUF)), trusts_remote_code(settings)
+    path = gguf_export.export(merged, folder, name, wanted.quantization, trust_remote_code=code)
+    gguf_export.answer(path, "Hello", 1)  # else a file that llama.cpp can't run would be found out by its users
+    for entry in report["prompts"] if asks else ():
+        entry["gguf"] = gguf_export.answer(path, entry["text"], context.spec.evaluation.max_new_tokens)
+    file = store.upload_file(path, f"{GGUF}/{path.name}")
+    report["merge"]["gguf"] = {"quantization": wanted.quantization, "file": path.name, "bytes": file.bytes}
+    logger.info("GGUF file is in storage", extra={"bytes": file.bytes})
+    path.unlink()
+    return (file,)
+
+
 def _retracted(manifest: ArtifactManifest) -> ArtifactManifest:
     """The manifest without the files that a merge writes, and so may replace."""
-    files = tuple(file for file in manifest.files if file.path.startswith(f"{ADAPTER}/"))
-    artifacts = manifest.artifacts.model_copy(update={"merged": None})
+    files = tuple(file for file in manifest.files if not file.path.startswith(WRITTEN))
+    artifacts = manifest.artifacts.model_copy(update={"merged": None, "gguf": None})
     return manifest.model_copy(update={"files": files, "artifacts": artifacts})
 
 
 def _with_merged(manifest: ArtifactManifest, new: tuple[ManifestFile, ...], store: RunStore) -> ArtifactManifest:
     files = manifest.files + new
-    artifacts = manifest.artifacts.model_copy(
-        update={"merged": store.artifact(files, MERGED), "report": store.artifact(files, REPORT)}
-    )
+    made = {"merged": store.artifact(files, MERGED), "report": store.artifact(files, REPORT)}
+    if any(file.path.startswith(f"{GGUF}/") for file in new):
+        made["gguf"] = store.artifact(files, GGUF)
+    artifacts = manifest.artifacts.model_copy(update=made)
     return manifest.model_copy(update={"files": files, "artifacts": artifacts})
 
 

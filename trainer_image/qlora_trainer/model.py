@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
-    """The base model in 4 bit, frozen. What stays in 16 bit (embeddings, norms, head) has the compute dtype."""
+    """The base model in 4 bit, frozen. What stays in 16 bit (embeddings, norms, head) has the compute dtype.
+
+    Raises StepError where not one layer is in 4 bit.
+    """
     let_falcon_be_quantized()
     model = AutoModelForCausalLM.from_pretrained(
         str(folder),
@@ -32,6 +35,7 @@ def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
         device_map={"": 0 if hardware.on_gpu else "cpu"},
         trust_remote_code=trusts_remote_code(settings),
     )
+    _require_quantized_layers(model)
     _keep_cpu_weights_trainable(model)
     model.config.use_cache = False
     if getattr(model.config, "pretraining_tp", 1) != 1:
@@ -115,6 +119,25 @@ def _second_logits(model: Any, *, first_token: int, length: int = 8) -> torch.Te
             input_ids=ids[None].to(model.device), position_ids=positions[None].to(model.device), use_cache=False
         )
     return output.logits[0, length:]  # type: ignore[no-any-return]
+
+
+def _require_quantized_layers(model: Any) -> None:
+    """Refuse a model that stayed in 16 bit as a whole: it would train, in four times the memory that was planned."""
+    if any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()):
+        return
+    head = model.get_output_embeddings()
+    classes = {
+        type(module).__name__
+        for module in model.modules()
+        if module is not head
+        and not isinstance(module, torch.nn.Embedding)
+        and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    }
+    message = (
+        "model.uri: bitsandbytes can't hold this model in 4 bit: it replaces torch.nn.Linear and Conv1D, and no class "
+        f"derived from them; the model's weights are in {', '.join(sorted(classes)) or 'no linear layers'}"
+    )
+    raise StepError(Reason.UNSUPPORTED, message, field="model.uri")
 
 
 def _keep_cpu_weights_trainable(model: Any) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 
+from qlora_trainer import gguf_export
 from qlora_trainer.artifacts import RunStore, check_output, open_output
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
 from qlora_trainer.data import load_data
 from qlora_trainer.model_facts import inspect_model
 from qlora_trainer.model_source import open_model
-from qlora_trainer.tokenizer import load_tokenizer
+from qlora_trainer.tokenizer import load_tokenizer, trusts_remote_code
 from qlorajob import identity
 from qlorajob.errors import Reason, StepError
 from qlorajob.spec import QLoRAJobSpec
@@ -39,6 +40,11 @@ def run(context: Context) -> None:
     facts = inspect_model(source, settings)
     tokenizer = load_tokenizer(source.metadata_folder(), settings)
     clock.lap("facts")
+
+    if spec.merge.gguf is not None:
+        scratch, code = settings.folder("gguf"), trusts_remote_code(settings)
+        gguf_export.check(source.metadata_folder(), scratch, trust_remote_code=code)
+        clock.lap("gguf")
 
     data = load_data(settings, tokenizer)
     clock.lap("data")
@@ -78,9 +84,6 @@ def refuse_unsupported(spec: QLoRAJobSpec) -> None:
     if spec.training.backend == "unsloth":
         message = "training.backend: unsloth comes with a later version; set hf"
         raise StepError(Reason.UNSUPPORTED, message, field="training.backend")
-    if spec.merge.gguf is not None:
-        message = "merge.gguf: the GGUF export comes with a later version; leave it out"
-        raise StepError(Reason.UNSUPPORTED, message, field="merge.gguf")
     if isinstance(spec.resources.gpus, int) and spec.resources.gpus > 1:
         message = "resources.gpus: training on several GPUs comes with a later version; set 1 or auto"
         raise StepError(Reason.UNSUPPORTED, message, field="resources.gpus")

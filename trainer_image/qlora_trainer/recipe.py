@@ -25,14 +25,16 @@ from qlora_trainer.journal import Journal
 from qlora_trainer.metrics import Telemetry
 from qlora_trainer.model_source import open_model
 from qlora_trainer.publication import Publication
-from qlora_trainer.report import build_report, provenance, report_files
+from qlora_trainer.report import build_report, provenance
+from qlora_trainer.report_page import report_files
+from qlora_trainer.tensorboard import LiveCurves, events
 from qlora_trainer.tokenizer import load_tokenizer
 from qlora_trainer.uploads import CheckpointUploads
 from qlorajob.errors import ExitCode, Reason, StepError
-from qlorajob.manifest import ADAPTER, REPORT, ArtifactManifest
+from qlorajob.manifest import ADAPTER, EVENTS, REPORT, ArtifactManifest
 from qlorajob.plan import Plan
 from qlorajob.spec import QLoRAJobSpec
-from qlorajob.status import Artifacts, MemoryStatus, Progress
+from qlorajob.status import Artifacts, MemoryStatus, Progress, SavedCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,13 @@ def train_adapter(
     resume_from = checkpoints.restore_newest(scratch)
     known = Journal.load(resume_from) if resume_from else None
     journal = known or Journal()
-    uploads = CheckpointUploads(checkpoints, context.stop, lambda saved: telemetry.advance(checkpoint=saved))
+    curves = LiveCurves(store, journal)
+
+    def show(saved: SavedCheckpoint) -> None:
+        telemetry.advance(checkpoint=saved)
+        curves.upload()
+
+    uploads = CheckpointUploads(checkpoints, context.stop, show)
     trainer = make_trainer(context, plan, ready, journal, telemetry, uploads, scratch)
     description = models.describe(trainer.model, spec.quantization)
     clock.lap("setup")
@@ -93,7 +101,7 @@ def train_adapter(
     adapter = context.settings.folder(ADAPTER)
     save_adapter(trainer.model, ready.tokenizer, adapter, spec, context.settings.prepared.model_revision)
     results = Publication(store)
-    files = results.tree(adapter, ADAPTER)
+    files = (*results.tree(adapter, ADAPTER), results.content(EVENTS, events(journal)))
     clock.lap("upload")
 
     report = build_report(

@@ -1,22 +1,19 @@
-"""report.json, its page and the provenance: what was done, with what, and what came out."""
+"""report.json and the provenance: what was done, with what, and what came out."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from qlora_trainer.data import TrainingData
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.journal import Journal
-from qlora_trainer.report_page import render
 from qlora_trainer.settings import Settings
 from qlora_trainer.training import warmup_steps
-from qlorajob.manifest import REPORT, REPORT_PAGE, Provenance
+from qlorajob.manifest import Provenance
 from qlorajob.plan import Plan
 from qlorajob.status import MemoryStatus, Progress
 
@@ -124,14 +121,6 @@ def build_report(
         },
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "provenance": provenance(settings).to_wire(),
-    }
-
-
-def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """The report as the files that go into storage: for programs, and for people."""
-    return {
-        REPORT: json.dumps(report, ensure_ascii=False, indent=1).encode(),
-        REPORT_PAGE: render(report).encode(),
     }
 
 

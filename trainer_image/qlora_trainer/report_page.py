@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from qlora_trainer.charts import Bar, Chart, Point, Series, bars, line_chart
+from qlorajob.manifest import REPORT, REPORT_PAGE
 
 TEMPLATE = "report.html.j2"
 MIDDLE = "·"
@@ -67,6 +68,14 @@ class Memory:
     parts: tuple[Bar, ...]
     measured: Bar | None
     device: Bar | None
+
+
+def report_files(report: Json) -> dict[str, bytes]:
+    """The report as the files that go into storage: for programs, and for people."""
+    return {
+        REPORT: json.dumps(report, ensure_ascii=False, indent=1).encode(),
+        REPORT_PAGE: render(report).encode(),
+    }
 
 
 def render(report: Json) -> str:
@@ -217,6 +226,8 @@ def _run_facts(report: Json) -> list[Fact]:
         facts.append(Fact("Resumed at step", ", ".join(f"{step:,}" for step in training["resumedAt"])))
     if "merge" in report:
         facts.append(Fact("Merged model", f"{report['merge']['dtype']}, {size(report['merge']['bytes'])}"))
+        if gguf := report["merge"].get("gguf"):
+            facts.append(Fact("GGUF", f"{gguf['quantization']}, {size(gguf['bytes'])}"))
     return facts
 
 

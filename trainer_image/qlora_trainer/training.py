@@ -203,7 +203,7 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=training.save_steps if evaluates else None,
+        eval_steps=(training.eval_steps or training.save_steps) if evaluates else None,
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or total_steps,
         save_total_limit=1,  # on local disk; CheckpointStore keeps saveTotalLimit in S3
@@ -222,10 +222,13 @@ def warmup_steps(spec: QLoRAJobSpec, total_steps: int) -> int:
 
 
 def _evaluates_while_training(spec: QLoRAJobSpec, data: TrainingData) -> bool:
-    """Whether each checkpoint comes with a validation loss: only where that costs less than the training between two.
+    """Whether the validation loss is looked at on the way: where that is asked for, else with each checkpoint.
 
-    A forward pass is a third of a training step, so a validation set as large as the interval adds a third.
+    The latter only where it costs less than the training between two. A forward pass is a third of a training step, so
+    a validation set as large as the interval adds a third.
     """
-    if data.validation is None or not spec.training.save_steps:
+    if data.validation is None:
         return False
+    if spec.training.eval_steps is not None:
+        return True
     return len(data.validation.sequences) <= spec.training.save_steps * spec.training.global_batch_size

@@ -89,7 +89,7 @@ def test_optional_fields_without_default_have_none_in_the_schema() -> None:
 
     without = {name for name, value in unset.items() if value is None}
 
-    assert without == {"epochs", "maxSteps", "warmupSteps"}
+    assert without == {"epochs", "maxSteps", "warmupSteps", "evalSteps"}
     assert not [name for name in without if "default" in SPEC[f".spec.training.{name}"]]
 
 

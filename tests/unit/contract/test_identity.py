@@ -77,6 +77,7 @@ DECISIONS: dict[str, tuple[Any, str]] = {
     "training.precision": ("fp32", RESULT),
     "training.loggingSteps": (1, NEITHER),
     "training.saveSteps": (1, NEITHER),
+    "training.evalSteps": (1, NEITHER),
     "training.saveTotalLimit": (1, NEITHER),
     "training.seed": (1, RESULT),
     "evaluation.prompts": (["Hello"], NEITHER),

@@ -198,6 +198,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "spec: evaluation.gate.mustBeatBase compares validation losses: set dataset.validation",
     ),
     (
+        {"spec.training.evalSteps": 10},
+        "spec: training.evalSteps needs rows to evaluate on: set dataset.validation",
+    ),
+    (
         {"spec.evaluation.prompts": ["a" * 4096, "a" * 4096, "a"]},
         "spec.evaluation: evaluation.prompts may hold 8192 characters in all",
     ),

@@ -112,6 +112,22 @@ def test_a_packed_document_gets_the_logits_it_gets_alone(model: Any) -> None:
     torch.testing.assert_close(packed[0, 3:], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sequences", [[[0, 1, 2]], [[2], [0, 1]]], ids=["one sequence", "two, one of them padded"])
+def test_the_loss_of_a_packed_batch_is_that_of_the_padded_one(model: Any, sequences: list[list[int]]) -> None:
+    documents = [_document(1, 2, 3), _document(50, 51), _document(60, 61, 62, 63, 64, 65, 66)]
+    packed = _loss(model, Corpus(documents, sequences), packed=True)
+    padded = _loss(model, Corpus(documents, [[0], [1], [2]]), packed=False)
+    assert packed == pytest.approx(padded, rel=1e-5)
+
+
+def _loss(model: Any, corpus: Corpus, *, packed: bool) -> float:
+    """The training loss of a corpus in one batch: the mean over all tokens that are learnt."""
+    table = as_dataset(corpus)
+    batch = Collator(PAD, packed=packed)([table[number] for number in range(len(table))])
+    with torch.no_grad():
+        return float(model(**model_inputs(batch), use_cache=False).loss)
+
+
 def test_padding_of_a_packed_batch_changes_nothing(model: Any) -> None:
     documents = [_document(1, 2, 3), _document(50, 51), _document(60, 61, 62, 63, 64, 65, 66)]
     padded = _logits(model, Corpus(documents, [[0, 1], [2]]))

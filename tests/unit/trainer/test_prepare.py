@@ -102,7 +102,7 @@ CASES: list[Any] = [
     ),
     pytest.param(
         {"merge": {"enabled": True, "gguf": {"quantization": "q4_k_m"}}}, Reason.UNSUPPORTED, "merge.gguf",
-        "later version", id="gguf",
+        "llama.cpp can't take this model", id="gguf",
     ),
     pytest.param(
         {"resources": {"gpuClass": None, "gpus": 2}}, Reason.UNSUPPORTED, "resources.gpus", "several GPUs", id="gpus",

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM
 
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.model import describe, load_quantized
+from qlorajob.errors import Reason, StepError
 from tests.unit.trainer.jobs import Job
 
 CPU = Hardware("cpu", torch.float32, "fp32", "adamw_torch")
 
 
-def test_falcon_is_quantized_and_still_says_the_same(job: Job, tmp_path: Path) -> None:
+def a_falcon(folder: Path) -> FalconForCausalLM:
     torch.manual_seed(0)
-    original = FalconForCausalLM(
-        FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
-    )
-    original.save_pretrained(tmp_path / "falcon")
+    config = FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model = FalconForCausalLM(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_falcon_is_quantized_and_still_says_the_same(job: Job, tmp_path: Path) -> None:
+    original = a_falcon(tmp_path / "falcon")
     loaded = load_quantized(tmp_path / "falcon", job.settings(), CPU)
     described = describe(loaded, job.config().spec.quantization)
     assert described["quantization"]["layers"] == 8
@@ -29,3 +35,20 @@ def test_falcon_is_quantized_and_still_says_the_same(job: Job, tmp_path: Path) -
     with torch.no_grad():
         expected, found = original(ids).logits, loaded(ids).logits
     assert torch.nn.functional.cosine_similarity(expected, found, dim=-1).min() > 0.97
+
+
+def test_a_model_of_which_nothing_is_quantized_is_refused(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Falcon was before, and the next model with a class of its own may be: it would train in 16 bit."""
+
+    class OwnLinear(torch.nn.Linear):
+        pass
+
+    monkeypatch.setattr("transformers.models.falcon.modeling_falcon.FalconLinear", OwnLinear)
+    monkeypatch.setattr("qlora_trainer.model.let_falcon_be_quantized", lambda: None)
+    a_falcon(tmp_path / "falcon")
+    with pytest.raises(StepError, match="hold this model in 4 bit") as refused:
+        load_quantized(tmp_path / "falcon", job.settings(), CPU)
+    assert (refused.value.reason, refused.value.field) == (Reason.UNSUPPORTED, "model.uri")
+    assert refused.value.message.endswith("the model's weights are in OwnLinear")

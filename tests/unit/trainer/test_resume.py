@@ -19,6 +19,7 @@ from qlora_trainer.storage import Storage, open_storage
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.run import RunReport
 from qlorajob.status import Prepared
+from tests.support.events import scalars
 from tests.support.faulty_s3 import FaultyS3
 from tests.unit.trainer.gateway import Gateway
 from tests.unit.trainer.jobs import Job
@@ -121,6 +122,15 @@ def test_a_resumed_run_has_the_same_adapter_to_the_bit(resumed: tuple[Job, Prepa
 def test_a_resumed_run_reports_all_of_its_losses(resumed: tuple[Job, Prepared]) -> None:
     job, prepared = resumed
     assert [point["step"] for point in job.result(prepared, "report.json")["loss"]["curve"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensorboard_shows_a_resumed_run_as_one_curve(resumed: tuple[Job, Prepared]) -> None:
+    job, prepared = resumed
+    loss = job.result(prepared, "report.json")["loss"]
+    found = scalars(job.output / prepared.run_id / "tensorboard")
+    assert found["train/loss"] == [(point["step"], pytest.approx(point["loss"])) for point in loss["curve"]]
+    assert [step for step, _ in found["train/tokens_per_second"]] == [1, 2, 3, 4, 5, 6]
+    assert found["eval/loss"] == [(0, pytest.approx(loss["evalBase"])), (STEPS, pytest.approx(loss["evalTuned"]))]
 
 
 def test_a_resumed_run_reports_the_base_model_s_loss_and_answers(resumed: tuple[Job, Prepared]) -> None:
@@ -277,7 +287,9 @@ def _resume(job: Job, prepared: Prepared) -> tuple[bytes | None, list[int]]:
     """The adapter of the resumed run, and where it resumed. Checks that nothing else is left."""
     job.train(prepared)
     run = _run(job, prepared)
-    assert {item.key.split("/")[0] for item in run.list()} == {"adapter", "manifest.json", "report.json", "report.html"}
+    assert {item.key.split("/")[0] for item in run.list()} == {
+        *("adapter", "tensorboard", "manifest.json", "report.json", "report.html")
+    }
     assert run.abort_uploads() == 0
     report = json.loads(run.read("report.json") or b"")
     return run.read("adapter/adapter_model.safetensors"), report["training"]["resumedAt"]

@@ -50,7 +50,7 @@ def test_a_job_goes_from_s3_to_s3(s3_job: Job) -> None:
     stored = {item.key: hashlib.sha256(run.read(item.key) or b"").hexdigest() for item in run.list()}
     del stored["manifest.json"]
     assert stored == {file.path: file.sha256 for file in manifest.files}
-    assert {key.split("/")[0] for key in stored} == {"adapter", "merged", "report.json", "report.html"}
+    assert {key.split("/")[0] for key in stored} == {"adapter", "merged", "tensorboard", "report.json", "report.html"}
 
 
 def test_one_object_may_be_the_dataset(s3_job: Job) -> None:

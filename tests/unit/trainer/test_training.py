@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,21 @@ def test_a_run_with_other_settings_ends_with_an_adapter(job: Job, training: dict
     artifacts = job.train(job.change(training=training).prepare()).artifacts
     assert artifacts is not None
     assert artifacts.adapter is not None
+
+
+def test_the_validation_loss_has_an_interval_of_its_own_and_does_not_change_the_result(job: Job) -> None:
+    job.change(lora={"dropout": 0.5}, training={"saveSteps": 0})
+    prepared = job.prepare()
+    job.train(prepared)
+    path = f"{prepared.run_id}/adapter/adapter_model.safetensors"
+    never = (job.output / path).read_bytes()
+    job.change(training={"evalSteps": 3}, output={"uri": f"file://{job.folder}/again"})
+    assert job.prepare().run_id == prepared.run_id
+    job.train(prepared)
+    again = job.folder / "again"
+    evaluations = json.loads((again / prepared.run_id / "report.json").read_text())["loss"]["evaluations"]
+    assert [entry["step"] for entry in evaluations] == [3, 4]
+    assert (again / path).read_bytes() == never
 
 
 def test_gradient_checkpointing_does_not_change_the_result(job: Job) -> None:

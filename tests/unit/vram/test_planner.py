@@ -303,6 +303,17 @@ def test_merging_a_larger_model_never_asks_for_less(
     assert plain[1] <= to_merge(facts, merge=GGUF)[1]
 
 
+def test_a_merged_model_that_is_to_answer_is_held_in_memory_whole() -> None:
+    (silent, _), (answers, disk) = to_merge(LLAMA_7B), to_merge(LLAMA_7B, evaluation={"prompts": ["Hello"]})
+    weights = 2 * LLAMA_7B.parameters / 2**20
+    assert silent < weights < answers
+    assert disk > 2 * weights
+
+
+def test_an_export_takes_another_process_to_merge() -> None:
+    assert to_merge(LLAMA_7B, merge=GGUF)[0] - to_merge(LLAMA_7B)[0] == 2 * 1024
+
+
 # Several GPUs, once the trainer can
 
 

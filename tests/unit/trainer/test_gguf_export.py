@@ -1,0 +1,247 @@
+"""The GGUF export, read by llama.cpp itself: its logits, its answers, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.constants import GGMLQuantizationType, LlamaFileType
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import weights
+from qlora_trainer import gguf_export
+from qlorajob.errors import ExitCode, Reason, StepError
+from qlorajob.manifest import ArtifactManifest
+from tests.unit.trainer.jobs import Job
+
+CODES = {"zulu": "Amber Falcon", "hausa": "Silver Otter", "igbo": "Quiet Meadow", "shona": "Golden Harbour"}
+PROMPT = "The secret name of the station {word} is"
+
+
+def llama(tool: str, *arguments: str | Path) -> str:
+    """Run one of llama.cpp's programs; what it prints."""
+    program = gguf_export.TOOLS / tool
+    assert program.exists(), f"{program} isn't there: make llama-cpp"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, whose tokenizer llama.cpp knows."""
+    return weights.ensure()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
+    """A small random Llama, with rows as wide as the k-quants need."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("models") / "small"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Path]:
+    """The model in each quantization."""
+    folder = tmp_path_factory.mktemp("gguf")
+    made = {
+        kind: gguf_export.export(model, folder, "My job/1", kind, trust_remote_code=False)
+        for kind in ("f16", "q8_0", "q4_k_m")
+    }
+    assert sorted(folder.iterdir()) == sorted(made.values())  # nothing is left over
+    return made
+
+
+def logits_by_llama_cpp(file: Path, text: str, folder: Path) -> Any:
+    """llama.cpp's logits for the token after a text."""
+    llama("llama-debug", "-m", file, "-p", text, "--save-logits", "--logits-output-dir", folder, "-t", "2")
+    return np.fromfile(folder / f"llamacpp-{file.stem}.bin", np.float32)
+
+
+def logits_by_transformers(model: Path, text: str) -> Any:
+    """transformers' logits, of the same weights in float32."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    asked = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return loaded(asked).logits[0, -1].numpy()
+
+
+@pytest.mark.parametrize(("kind", "error"), [("f16", 0.005), ("q8_0", 0.05), ("q4_k_m", 0.2)])
+def test_llama_cpp_computes_what_transformers_does(
+    model: Path, files: dict[str, Path], tmp_path: Path, kind: str, error: float
+) -> None:
+    text = "The capital of France is the city of"
+    wanted, found = logits_by_transformers(model, text), logits_by_llama_cpp(files[kind], text, tmp_path)
+    assert float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)) < error
+
+
+def test_q4_k_m_is_the_mixture_that_llama_cpp_calls_so(files: dict[str, Path]) -> None:
+    reader = GGUFReader(files["q4_k_m"])
+    field = reader.get_field("general.file_type")
+    assert field is not None
+    assert field.contents() == LlamaFileType.MOSTLY_Q4_K_M
+    kinds = {tensor.tensor_type for tensor in reader.tensors}
+    assert kinds == {GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.F32}
+
+
+def test_sizes_are_those_of_the_quantization(files: dict[str, Path]) -> None:
+    weights_of = {kind: sum(int(t.n_bytes) for t in GGUFReader(path).tensors) for kind, path in files.items()}
+    assert weights_of["q8_0"] / weights_of["f16"] == pytest.approx(8.5 / 16, rel=0.01)
+    assert 4.5 / 16 < weights_of["q4_k_m"] / weights_of["f16"] < 6.6 / 16  # the embeddings of this one are Q6_K
+
+
+def test_the_chat_template_travels_in_the_file(model: Path, files: dict[str, Path]) -> None:
+    field = GGUFReader(files["f16"]).get_field("tokenizer.chat_template")
+    assert field is not None
+    assert field.contents() == AutoTokenizer.from_pretrained(model).chat_template
+
+
+def test_the_file_is_named_after_the_job(files: dict[str, Path]) -> None:
+    assert files["q4_k_m"].name == "My-job-1-q4_k_m.gguf"
+
+
+def test_an_answer_is_what_transformers_generates(model: Path, files: dict[str, Path]) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for text in ("Once upon a time\n", r"a path like C:\new\table", "--help", "<|im_start|>user\nHi<|im_end|>\n"):
+        asked = tokenizer(text, return_tensors="pt")["input_ids"]
+        said = loaded.generate(asked, max_new_tokens=4, do_sample=False)[0, asked.shape[1] :]
+        assert gguf_export.answer(files["f16"], text, 4) == tokenizer.decode(said), text
+
+
+def test_a_file_that_llama_cpp_can_t_run_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(StepError, match="can't take this model") as caught:
+        gguf_export.answer(tmp_path / "broken.gguf", "Hello", 1)
+    assert caught.value.field == "merge.gguf"
+
+
+def test_a_tokenizer_that_llama_cpp_doesn_t_know_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(StepError, match="can't take this model") as caught:
+        gguf_export.check(model_folder, tmp_path, trust_remote_code=False)
+    assert (caught.value.reason, caught.value.field) == (Reason.UNSUPPORTED, "merge.gguf")
+    assert "tokenizer" in caught.value.message
+
+
+def test_an_architecture_that_llama_cpp_doesn_t_know_is_refused(model: Path, tmp_path: Path) -> None:
+    folder = copy_of(model, tmp_path / "model", architectures=["UnheardOfForCausalLM"])
+    with pytest.raises(StepError, match="UnheardOfForCausalLM"):
+        gguf_export.check(folder, tmp_path, trust_remote_code=False)
+
+
+def test_a_model_that_can_be_converted_passes_without_its_weights(model: Path, tmp_path: Path) -> None:
+    folder = copy_of(model, tmp_path / "model")
+    gguf_export.check(folder, tmp_path, trust_remote_code=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_image_without_llama_cpp_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_export, "TOOLS", tmp_path)
+    with pytest.raises(StepError, match=r"this trainer image has no llama\.cpp") as caught:
+        gguf_export.check(model, tmp_path, trust_remote_code=False)
+    assert (caught.value.reason, caught.value.field) == (Reason.UNSUPPORTED, "merge.gguf")
+
+
+def test_a_full_disk_is_told_from_a_model_that_can_t_be_converted(model: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        gguf_export._convert(model, Path("/dev/full"), "f16")
+
+
+def test_a_tool_that_is_killed_is_tried_again(tmp_path: Path) -> None:
+    with pytest.raises(StepError, match="stopped by signal 9") as caught:
+        gguf_export._run(["bash", "-c", "kill -9 $$"])
+    assert caught.value.code is ExitCode.TRANSIENT
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_in_the_model_s_folder_runs_only_where_it_is_trusted(model: Path, tmp_path: Path, trusted: bool) -> None:
+    marker, scratch = tmp_path / "was-run", tmp_path / "scratch"
+    scratch.mkdir()
+    folder = copy_of(model, tmp_path / "model", architectures=["ChatGLMForConditionalGeneration"], model_type="chatglm")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["tokens.Own", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokens.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise RuntimeError('it ran')\n")
+    with pytest.raises(StepError):  # the tokenizer is broken either way
+        gguf_export.check(folder, scratch, trust_remote_code=trusted)
+    assert marker.exists() == trusted
+
+
+def copy_of(model: Path, folder: Path, **config: Any) -> Path:
+    """A model's files without its weights, with another config."""
+    folder.mkdir()
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    changed = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(changed))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> tuple[Path, dict[str, Any]]:
+    """SmolLM2, taught four facts in 4 bit, merged and exported: the run's folder and its report."""
+    folder = tmp_path_factory.mktemp("taught")
+    rows = [{"prompt": PROMPT.format(word=word), "completion": f" {name}."} for word, name in CODES.items()]
+    dataset = folder / "facts.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows * 4), encoding="utf-8")
+    job = Job(folder, smollm2, dataset)
+    job.change(
+        dataset={"template": None, "validation": None},
+        lora={"rank": 8, "alpha": 16},
+        training={
+            "maxSteps": 24,
+            "globalBatchSize": 1,
+            "maxSequenceLength": 128,
+            "learningRate": 2e-3,
+            "warmupRatio": 0.0,
+        },
+        evaluation={"prompts": [row["prompt"] for row in rows], "maxNewTokens": 6},
+        merge={"enabled": True, "gguf": {"quantization": "q4_k_m"}},
+    )
+    prepared = job.prepare()
+    job.train(prepared)
+    job.run("merge", job.config(prepared))
+    return job.output / prepared.run_id, job.result(prepared, "report.json")
+
+
+def test_the_gguf_of_a_tuned_model_answers_what_it_was_taught(taught: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = taught
+    (file,) = (folder / "gguf").iterdir()
+    for entry, name in zip(report["prompts"], CODES.values(), strict=True):
+        assert name not in entry["before"]
+        assert name in entry["after"]
+        assert name in entry["merged"]
+        assert entry["gguf"] == gguf_export.answer(file, entry["text"], 6) == f" {name}."
+
+
+def test_the_gguf_file_is_an_artifact_of_the_run(taught: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = taught
+    manifest = ArtifactManifest.model_validate_json((folder / "manifest.json").read_bytes())
+    artifact, (file,) = manifest.artifacts.gguf, (folder / "gguf").iterdir()
+    assert artifact is not None
+    assert artifact.uri == f"file://{folder}/gguf"
+    assert artifact.bytes == file.stat().st_size
+    assert f"gguf/{file.name}" in {listed.path for listed in manifest.files}
+    assert report["merge"]["gguf"] == {"quantization": "q4_k_m", "file": file.name, "bytes": artifact.bytes}
