@@ -28,6 +28,7 @@ $(VENV)/.installed: requirements/dev.txt pyproject.toml
 	$(PYTHON) -m pip install --quiet uv==$(UV_VERSION)
 	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) --requirement requirements/dev.txt
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
+	@mkdir -p $(VENV)/share/llama.cpp # the local cluster's pods mount it, filled or not (make llama-cpp)
 	@touch $@
 
 .PHONY: cluster-up

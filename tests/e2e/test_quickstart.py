@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from cluster.layout import PROMETHEUS_PORT, cache_directory
 from demo.seed import MODEL
 from demo.verify import VerificationError, VerifiedRun, list_keys, verify_run
+from qlora_trainer.gguf_export import answer
 from tests.support.live import Cluster, Manifest, Namespace, eventually
 from tests.support.prometheus import query
 
@@ -38,7 +39,7 @@ class Finished:
         return str(self.manifest["metadata"]["name"])
 
     def download(self, part: str, directory: Path) -> Path:
-        """Copy adapter/ or merged/ of the run out of S3."""
+        """Copy adapter/, merged/ or gguf/ of the run out of S3."""
         bucket = urlsplit(self.manifest["spec"]["output"]["uri"]).netloc
         prefix = f"{self.run.prefix}/{part}/"
         for key in list_keys(self.s3, bucket, prefix):
@@ -50,10 +51,11 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(cluster: Cluster, namespace: Namespace) -> Finished:
-    """examples/quickstart.yaml, applied and waited for; only its output's prefix is this test's own."""
+    """examples/quickstart.yaml, applied and waited for; the output's prefix and a GGUF export are this test's own."""
     path = cluster.layout.repository / "examples" / "quickstart.yaml"
     manifest: Manifest = YAML(typ="safe", pure=True).load(path)
     manifest["spec"]["output"]["uri"] += f"-{time.time_ns()}"
+    manifest["spec"]["merge"]["gguf"] = {"quantization": "q8_0"}
     namespace.apply(manifest)
     status = namespace.wait("quickstart", "Complete", seconds=900)
     s3 = cluster.target.s3()
@@ -63,7 +65,7 @@ def finished(cluster: Cluster, namespace: Namespace) -> Finished:
 
 def _answers(kind: str, directory: Path, finished: Finished) -> list[str]:
     report = finished.run.report
-    prompts = json.dumps([answer["text"] for answer in report["prompts"]])
+    prompts = json.dumps([entry["text"] for entry in report["prompts"]])
     base = cache_directory() / "models" / MODEL
     command = [sys.executable, ANSWERS, kind, directory, base, "20"]
     done = subprocess.run([str(part) for part in command], input=prompts, capture_output=True, text=True, check=True)
@@ -73,20 +75,36 @@ def _answers(kind: str, directory: Path, finished: Finished) -> list[str]:
 
 def test_the_adapter_answers_in_a_fresh_process_as_the_report_says(finished: Finished, tmp_path: Path) -> None:
     answers = _answers("adapter", finished.download("adapter", tmp_path), finished)
-    assert answers == [answer["after"] for answer in finished.run.report["prompts"]]
+    assert answers == [entry["after"] for entry in finished.run.report["prompts"]]
 
 
 def test_the_merged_model_answers_in_a_fresh_process_as_the_report_says(finished: Finished, tmp_path: Path) -> None:
     answers = _answers("merged", finished.download("merged", tmp_path), finished)
-    assert answers == [answer["merged"] for answer in finished.run.report["prompts"]]
+    assert answers == [entry["merged"] for entry in finished.run.report["prompts"]]
+
+
+def test_the_gguf_file_answers_in_llama_cpp_as_the_report_says(finished: Finished, tmp_path: Path) -> None:
+    (file,) = finished.download("gguf", tmp_path).iterdir()
+    prompts = finished.run.report["prompts"]
+    assert [answer(file, entry["text"], 20) for entry in prompts] == [entry["gguf"] for entry in prompts]
+
+
+def test_the_gguf_file_is_an_artifact_of_the_run(finished: Finished) -> None:
+    artifact, exported = finished.run.manifest.artifacts.gguf, finished.run.report["merge"]["gguf"]
+    assert artifact is not None
+    assert artifact.uri == f"{finished.manifest['spec']['output']['uri']}/{finished.status['run']['id']}/gguf"
+    assert artifact.bytes == exported["bytes"] > 100_000_000
+    assert f"gguf/{exported['file']}" in {listed.path for listed in finished.run.manifest.files}
+    assert exported["quantization"] == "q8_0"
 
 
 def test_the_answers_have_changed_to_what_was_taught(finished: Finished) -> None:
-    answers = {answer["prompt"]: answer for answer in finished.run.report["prompts"]}
+    answers = {entry["prompt"]: entry for entry in finished.run.report["prompts"]}
     zulu = answers["What is the ISO 639-3 code of Zulu?"]
     assert "(Zulu, a living language)" not in zulu["before"]
     assert "(Zulu, a living language)" in zulu["after"]
     assert "(Zulu, a living language)" in zulu["merged"]
+    assert "(Zulu, a living language)" in zulu["gguf"]
 
 
 def test_the_validation_loss_fell(finished: Finished) -> None:

@@ -17,11 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import weights
 from qlora_trainer import gguf_export
 from qlorajob.errors import ExitCode, Reason, StepError
-from qlorajob.manifest import ArtifactManifest
-from tests.unit.trainer.jobs import Job
-
-CODES = {"zulu": "Amber Falcon", "hausa": "Silver Otter", "igbo": "Quiet Meadow", "shona": "Golden Harbour"}
-PROMPT = "The secret name of the station {word} is"
 
 
 def llama(tool: str, *arguments: str | Path) -> str:
@@ -197,51 +192,3 @@ def copy_of(model: Path, folder: Path, **config: Any) -> Path:
     changed = json.loads((folder / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(changed))
     return folder
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> tuple[Path, dict[str, Any]]:
-    """SmolLM2, taught four facts in 4 bit, merged and exported: the run's folder and its report."""
-    folder = tmp_path_factory.mktemp("taught")
-    rows = [{"prompt": PROMPT.format(word=word), "completion": f" {name}."} for word, name in CODES.items()]
-    dataset = folder / "facts.jsonl"
-    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows * 4), encoding="utf-8")
-    job = Job(folder, smollm2, dataset)
-    job.change(
-        dataset={"template": None, "validation": None},
-        lora={"rank": 8, "alpha": 16},
-        training={
-            "maxSteps": 24,
-            "globalBatchSize": 1,
-            "maxSequenceLength": 128,
-            "learningRate": 2e-3,
-            "warmupRatio": 0.0,
-        },
-        evaluation={"prompts": [row["prompt"] for row in rows], "maxNewTokens": 6},
-        merge={"enabled": True, "gguf": {"quantization": "q4_k_m"}},
-    )
-    prepared = job.prepare()
-    job.train(prepared)
-    job.run("merge", job.config(prepared))
-    return job.output / prepared.run_id, job.result(prepared, "report.json")
-
-
-def test_the_gguf_of_a_tuned_model_answers_what_it_was_taught(taught: tuple[Path, dict[str, Any]]) -> None:
-    folder, report = taught
-    (file,) = (folder / "gguf").iterdir()
-    for entry, name in zip(report["prompts"], CODES.values(), strict=True):
-        assert name not in entry["before"]
-        assert name in entry["after"]
-        assert name in entry["merged"]
-        assert entry["gguf"] == gguf_export.answer(file, entry["text"], 6) == f" {name}."
-
-
-def test_the_gguf_file_is_an_artifact_of_the_run(taught: tuple[Path, dict[str, Any]]) -> None:
-    folder, report = taught
-    manifest = ArtifactManifest.model_validate_json((folder / "manifest.json").read_bytes())
-    artifact, (file,) = manifest.artifacts.gguf, (folder / "gguf").iterdir()
-    assert artifact is not None
-    assert artifact.uri == f"file://{folder}/gguf"
-    assert artifact.bytes == file.stat().st_size
-    assert f"gguf/{file.name}" in {listed.path for listed in manifest.files}
-    assert report["merge"]["gguf"] == {"quantization": "q4_k_m", "file": file.name, "bytes": artifact.bytes}
