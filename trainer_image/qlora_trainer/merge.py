@@ -71,6 +71,7 @@ def run(context: Context) -> None:
     del merge
     files += _write_metadata(base, folder, store, tokenizer, spec.merge.dtype)
     store.keep_only(files, MERGED)
+    store.storage.abort_uploads()  # of a merge that was killed, and of this one where S3 took neither parts nor aborts
     logger.info("merged model is in storage", extra={"bytes": sum(file.bytes for file in files)})
 
     if asks:
