@@ -59,6 +59,14 @@ test: cluster-up browser llama-cpp ## Run every test a CPU machine can run, on t
 test-unit: setup browser llama-cpp ## Run the tests that need no cluster
 	$(PYTHON) -m pytest $(PARALLEL) tests/unit tests/golden
 
+.PHONY: test-chaos
+test-chaos: cluster-up ## Break the local cluster and its S3 in every way that docs/reliability.md lists
+	$(PYTHON) -m pytest tests/chaos -m ''
+
+.PHONY: fuzz
+fuzz: cluster-up ## Look for manifests and histories that break a promise, thousands of them
+	$(PYTHON) -m pytest tests/handlers/test_schema_agreement.py tests/unit/operator/test_histories.py -m long
+
 .PHONY: browser
 browser: ## Install Chromium, which tests look at the report with; needs root on Debian
 	@command -v chromium chromium-browser google-chrome > /dev/null || { $(APT) update && $(APT) install chromium; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import hypothesis
 import pytest
@@ -55,7 +56,13 @@ def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Name
     Deleted afterwards, with its pods gone before the next module starts: they would take the node's CPU from it.
     """
     stem = request.module.__name__.rpartition(".")[2].removeprefix("test_")
-    name = f"test-{re.sub('[^a-z0-9]+', '-', stem.lower())}"
+    with fresh_namespace(cluster, f"test-{re.sub('[^a-z0-9]+', '-', stem.lower())}") as made:
+        yield made
+
+
+@contextmanager
+def fresh_namespace(cluster: Cluster, name: str) -> Iterator[Namespace]:
+    """A namespace as the fixture's, for as long as the block lasts."""
     paths = cluster.layout
     cluster.kubectl("delete", "namespace", name, "--ignore-not-found", "--wait")
     cluster.kubectl("delete", "pv", f"qlora-env-{name}", "--ignore-not-found")

@@ -1,14 +1,13 @@
 """The API server with the generated CRD and the Pydantic models accept the same objects, and understand them alike.
 
 Every object is sent to the real API server as a strict server-side dry run, of a copy of the CRD under another group,
-so no operator sees it. QLORA_FUZZ_EXAMPLES=5000 looks longer than the default.
+so no operator sees it. `make fuzz` tries thousands of specs, and others each time.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from tests.unit.contract.test_run import ARTIFACTS, MEMORY, NOW, PLAN, PREPARED,
 from tests.unit.contract.wrong import CASES
 
 GROUP = f"agreement-{uuid.uuid4().hex[:8]}.qlora.dev"
-EXAMPLES = int(os.environ.get("QLORA_FUZZ_EXAMPLES", "300"))
+SPECS, MANY_SPECS = 300, 5000
 SPEC = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
 
 Json = Any
@@ -295,15 +294,23 @@ def specs(draw: st.DrawFn) -> Json:
     return spec
 
 
-@settings(
-    max_examples=EXAMPLES,
-    derandomize=EXAMPLES <= 300,
+FUZZING = settings(
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
 )
+
+
+@settings(FUZZING, max_examples=SPECS, derandomize=True)
 @given(spec=specs())
 def test_models_and_api_server_agree_on_any_spec(create: Create, spec: Json) -> None:
+    event("accepted" if assert_agreement(create, job(spec)) else "refused")
+
+
+@pytest.mark.long
+@settings(FUZZING, max_examples=MANY_SPECS)
+@given(spec=specs())
+def test_models_and_api_server_agree_on_thousands_of_specs(create: Create, spec: Json) -> None:
     event("accepted" if assert_agreement(create, job(spec)) else "refused")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import re
+import select
 import socket
 import struct
 import threading
@@ -60,6 +61,17 @@ class Exchange:
     @property
     def is_head(self) -> bool:
         return self.handler.command == "HEAD"
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the client has closed its end."""
+        connection = self.handler.connection
+        if not select.select([connection], [], [], 0)[0]:
+            return False
+        try:
+            return not connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def _connect(self) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection(self.handler.server.upstream, timeout=30)
@@ -128,6 +140,18 @@ def delay(seconds: float) -> Fault:
     return fault
 
 
+def refuse_key(access_key: str) -> Fault:
+    """Requests signed with this key are refused, as after its end."""
+
+    def fault(exchange: Exchange) -> None:
+        if access_key in exchange.handler.headers.get("Authorization", ""):
+            error(403, "InvalidAccessKeyId")(exchange)
+        else:
+            exchange.answer(*exchange.forward())
+
+    return fault
+
+
 @dataclass
 class Rule:
     """A fault for some requests."""
@@ -150,10 +174,10 @@ class FaultyS3(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, upstream: str) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, upstream: str, host: str) -> None:
+        super().__init__((host, 0), Handler)
         self.upstream = urlsplit(upstream).netloc
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.endpoint = f"http://{host}:{self.server_port}"
         self.requests: list[str] = []
         self._rules: list[Rule] = []
         self._lock = threading.Lock()
@@ -167,12 +191,17 @@ class FaultyS3(ThreadingHTTPServer):
 
     @contextmanager
     def holding(self, matching: str) -> Iterator[threading.Event]:
-        """Requests that match wait until the block ends. The event tells that the first one is there."""
+        """Requests that match wait until the block ends. The event tells that the first one is there.
+
+        Those of clients that have gone meanwhile don't reach the real server any more.
+        """
         arrived, released = threading.Event(), threading.Event()
 
         def hold(exchange: Exchange) -> None:
             arrived.set()
             released.wait()
+            if exchange.is_abandoned:
+                raise Gone
             exchange.answer(*exchange.forward())
 
         rule = self.inject(hold, matching)
@@ -220,9 +249,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def in_front_of(endpoint: str) -> Iterator[FaultyS3]:
-    """A running proxy."""
-    proxy = FaultyS3(endpoint)
+def in_front_of(endpoint: str, *, host: str = "127.0.0.1") -> Iterator[FaultyS3]:
+    """A running proxy, at an address of this machine."""
+    proxy = FaultyS3(endpoint, host)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

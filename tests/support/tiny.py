@@ -8,8 +8,8 @@ from pathlib import Path
 ROWS = 48
 
 
-def write_model(directory: Path, tokenizer_from: Path) -> None:
-    """Two layers, width 64, SmolLM2's tokenizer; safetensors and config as the hub has them."""
+def write_model(directory: Path, tokenizer_from: Path, *, width: int = 64) -> None:
+    """Two layers, SmolLM2's tokenizer; safetensors and config as the hub has them."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -17,8 +17,8 @@ def write_model(directory: Path, tokenizer_from: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -96,6 +96,7 @@ def _merge(context: Context, store: RunStore, manifest: ArtifactManifest, report
     del merge
     files += _write_metadata(base, folder, store, tokenizer, wanted.dtype)
     store.keep_only(files, MERGED)
+    store.storage.abort_uploads()  # of a merge that was killed, and of this one where S3 took neither parts nor aborts
     logger.info("merged model is in storage", extra={"bytes": sum(file.bytes for file in files)})
 
     if asks:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from qlora_operator.decision import DeleteJob
-from qlora_operator.patching import merge_patch
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.identity import plan_key
 from qlorajob.plan import Plan
@@ -18,7 +20,6 @@ from tests.support.reports import adapter, failure, merge_report, prepare_report
 from tests.unit.operator.world import World, qlorajob
 
 SEEDS = st.integers(0, 3)
-MOST_LOOKS = 8
 STEPS = ("prepare", "train", "merge")
 GPU_JOB = {"resources": {"gpuClass": "auto"}, "training": {"seed": 0, "globalBatchSize": 4}}
 NODES = {"a": gpus.whole("a", "NVIDIA-L4"), "b": gpus.whole("b", "NVIDIA-A100-SXM4-40GB")}
@@ -26,6 +27,9 @@ NODES = {"a": gpus.whole("a", "NVIDIA-L4"), "b": gpus.whole("b", "NVIDIA-A100-SX
 
 class Histories(RuleBasedStateMachine):
     """The cluster, users and accidents in any order. `finished` plays S3: what has a manifest there."""
+
+    restarts: ClassVar[int] = 0
+    """Of the operator, in all histories so far. It keeps nothing, so each look is a new operator's first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,18 +45,8 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def die_before_the_status_is_written(self) -> None:
+        type(self).restarts += 1
         self.world.look(record=False)
-
-    @rule()
-    def look_until_nothing_is_left_to_do(self) -> None:
-        """Where nothing changes, looks soon do nothing, write nothing and tell nothing."""
-        for _ in range(MOST_LOOKS):
-            before = self.world.status.to_wire()
-            decision = self.world.look()
-            if not decision.actions and not merge_patch(before, decision.status.to_wire()):
-                assert decision.events == ()
-                return
-        raise AssertionError(f"still busy: {decision}")
 
     # Users
 
@@ -242,3 +236,20 @@ TestHistories.settings = settings(
 )
 TestHistoriesOnGpus = HistoriesOnGpus.TestCase
 TestHistoriesOnGpus.settings = settings(TestHistories.settings, max_examples=50)
+
+
+class ManyHistories(HistoriesOnGpus):
+    """The same, for longer."""
+
+    restarts: ClassVar[int] = 0
+
+
+@pytest.mark.long
+class TestThousandRestarts(ManyHistories.TestCase):  # type: ignore[name-defined,misc]
+    """At least a thousand deaths of the operator between its actions and its status."""
+
+    settings = settings(TestHistories.settings, max_examples=1000, stateful_step_count=60)
+
+    def runTest(self) -> None:  # noqa: N802 - unittest's name
+        super().runTest()
+        assert ManyHistories.restarts >= 1000

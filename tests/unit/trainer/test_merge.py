@@ -114,6 +114,18 @@ def test_files_of_an_earlier_try_are_gone(merged: Merged) -> None:
     assert not stale.exists()
 
 
+def test_parts_of_uploads_that_failed_are_dropped(merged: Merged, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload, torn = storage.LocalStorage.upload, merged.folder / f".model.safetensors.1{storage.UNFINISHED}"
+
+    def leaving_parts(self: storage.LocalStorage, path: Path, *args: Any, **options: Any) -> str:
+        torn.write_bytes(b"half")
+        return upload(self, path, *args, **options)
+
+    monkeypatch.setattr(storage.LocalStorage, "upload", leaving_parts)
+    merged.run()
+    assert not torn.exists()
+
+
 def test_another_type_is_another_merge(merged: Merged) -> None:
     first = merged.run().manifest.artifacts.merged
     second = merged.run(dtype="float16").manifest.artifacts.merged
