@@ -9,7 +9,7 @@ UV := $(VENV)/bin/uv
 UV_VERSION := 0.13.9
 SOURCES := operator trainer_image dev tests bench
 # Which tests run beside which: tests/conftest.py.
-PARALLEL := --numprocesses=auto --dist=loadgroup --no-loadscope-reorder
+PARALLEL := --numprocesses=auto --dist=loadscope --no-loadscope-reorder
 LLAMA_CPP := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-operator/llama.cpp
 APT := DEBIAN_FRONTEND=noninteractive apt-get -y -o DPkg::Lock::Timeout=600 --no-install-recommends
 export PYTHONPATH := dev

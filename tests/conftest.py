@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import hypothesis
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from cluster import environment, templates
 from demo.target import find
@@ -21,25 +23,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let processes share the work file by file, so that a module's fixtures are made once.
-
-    What uses the local cluster stays together, as does what uses the handler tests' API server. These come first: they
-    wait for most of their time.
-    """
-    first = ("cluster", "handlers")
-    groups = {item: _group(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: first.index(groups[item]) if groups[item] in first else len(first))
+GROUPS = {"tests/chaos/": "cluster", "tests/e2e/": "cluster", "tests/handlers/": "handlers"}
+"""Folders whose tests share something that only one of them can use at a time."""
 
 
-def _group(item: pytest.Item) -> str:
-    if "cluster" in getattr(item, "fixturenames", ()):
-        return "handlers" if "handlers" in item.path.parts else "cluster"
-    return item.path.stem
+class ByResource(LoadScopeScheduling):  # type: ignore[misc]
+    """Processes share the tests file by file. What uses the one cluster, or the one API server, stays together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return next((group for folder, group in GROUPS.items() if file.startswith(folder)), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByResource:
+    """Of `--numprocesses`."""
+    return ByResource(config, log)
 
 
 @pytest.fixture(scope="session")
