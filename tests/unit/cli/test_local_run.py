@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from cluster.layout import cache_directory
-from demo.seed import MODEL
+import weights
 from qlorajob.manifest import ArtifactManifest
 from tests.support import tiny
 
@@ -24,7 +23,7 @@ QLORA = Path(sys.executable).with_name("qlora")
 def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A manifest whose model, data and output are local files."""
     root = tmp_path_factory.mktemp("local")
-    tiny.write_model(root / "model", cache_directory() / "models" / MODEL)
+    tiny.write_model(root / "model", weights.ensure())
     (root / "data.jsonl").write_bytes(tiny.jsonl())
     job = {
         "apiVersion": "qlora.dev/v1alpha1",
