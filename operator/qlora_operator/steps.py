@@ -60,14 +60,14 @@ def advance(draft: Draft, step: Step) -> Outcome | None:
         return _ended(draft, step, job, _fail)
     successor = draft.name_of(step, draft.next_number(step))  # there after a crash between creating and recording it
     draft.delete_live(keep=None if suspend else name or successor)
+    if name and job is None:  # also while suspended: it may have ended before, and nobody would look for its result
+        return _lost(draft, step, name)
     if suspend:
         return _suspend(draft)
     if job is not None and job.deleting:
         return outcomes.working(STARTING[step], REASONS[step], f"Job {job.name} is being deleted; another follows")
     if job is not None:
         return _watch(draft, step, job)
-    if name:
-        return _lost(draft, step, name)
     return START[step](draft)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -231,9 +231,7 @@ def _config_of(world: World, job_name: str) -> RunConfig:
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestHistories.settings = settings(max_examples=100, stateful_step_count=40)
 TestHistoriesOnGpus = HistoriesOnGpus.TestCase
 TestHistoriesOnGpus.settings = settings(TestHistories.settings, max_examples=50)
 

@@ -120,6 +120,19 @@ def test_a_lost_training_job_looks_into_s3_before_it_takes_a_gpu_again() -> None
     assert world.status.phase is Phase.SUCCEEDED
 
 
+def test_a_training_job_that_is_lost_while_suspended_is_looked_for_in_s3_on_resume() -> None:
+    world = training()
+    world.edit({"suspend": True})
+    world.jobs.clear()  # it ended before the edit was seen, and was deleted by its TTL
+    world.pods.clear()
+    world.look()
+    assert world.status.phase is Phase.SUSPENDED
+    world.edit({"suspend": False})
+    world.look()
+    assert len(world.live("prepare")) == 1
+    assert world.live("train") == []
+
+
 def test_an_unreadable_report_is_an_error_not_a_loop() -> None:
     world = World()
     world.look()
