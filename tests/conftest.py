@@ -72,5 +72,8 @@ def fresh_namespace(cluster: Cluster, name: str) -> Iterator[Namespace]:
     made = Namespace(cluster, name)
     write_s3_secret(made)
     yield made
+    # Live pods first: a namespace that has any when it is deleted waits for half of their grace period, a minute.
+    made.kubectl("delete", "qlorajobs,jobs", "--all", "--wait")
+    made.kubectl("wait", "pods", "--all", "--for=delete", "--timeout=180s")
     cluster.kubectl("delete", "namespace", name, "--wait")
     cluster.kubectl("delete", "pv", f"qlora-env-{name}")

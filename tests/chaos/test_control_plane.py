@@ -11,7 +11,8 @@ pytestmark = pytest.mark.cluster
 ETCD_SECONDS = 30.0
 
 
-@pytest.mark.parametrize("phase", [pytest.param(p, marks=[] if p == "preparing" else pytest.mark.long) for p in PHASES])
+@pytest.mark.long
+@pytest.mark.parametrize("phase", PHASES)
 def test_api_server_restarted(cell: Cell, faults: Faults, phase: str) -> None:
     with cell.at(phase):
         faults.api_server_restarted()
