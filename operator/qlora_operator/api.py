@@ -24,7 +24,7 @@ from qlorajob.resource import Metadata
 
 MERGE_PATCH: Final = "application/merge-patch+json"
 TIMEOUT: Final = 30.0
-LEASE_TIMEOUT: Final = 3.0
+LEASE_TIMEOUT: Final = 5.0
 """A leader has to learn in time that it can't renew."""
 PERMANENT: Final = frozenset({400, 403, 405, 413, 415, 422})
 COMPONENT: Final = "qlora-operator"
