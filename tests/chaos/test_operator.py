@@ -13,7 +13,8 @@ pytestmark = pytest.mark.cluster
 GRACE = "terminationGracePeriodSeconds: 120"
 
 
-@pytest.mark.parametrize("phase", [pytest.param(p, marks=[] if p == "training" else pytest.mark.long) for p in PHASES])
+@pytest.mark.long  # make test kills it at every phase of one job: tests/e2e/test_retraining.py
+@pytest.mark.parametrize("phase", PHASES)
 def test_operator_sigkilled(cell: Cell, faults: Faults, phase: str) -> None:
     with cell.at(phase):
         faults.operator_killed()

@@ -139,3 +139,20 @@ def test_suspending_saves_a_checkpoint_and_resuming_goes_on_from_it(
     logs = namespace.kubectl("logs", pods[0]["metadata"]["name"])
     assert "resum" in logs.lower()
     namespace.kubectl("delete", "qlj", "paused", "--wait")
+
+
+def test_killing_the_operator_at_any_moment_trains_once(
+    namespace: Namespace, manifest: Callable[..., Manifest]
+) -> None:
+    namespace.apply(manifest("survivor", {"merge": {"enabled": True}}))
+    kill = ("-n", namespace.cluster.target.operator_namespace, "delete", "pod", "--all", "--grace-period=0", "--force")
+    for phase in ("Preparing", "Training", "Merging"):
+        namespace.wait_for("survivor", f"{{.status.phase}}={phase}")
+        namespace.cluster.kubectl(*kill)
+    namespace.wait("survivor", "Complete")
+    namespace.cluster.kubectl(*kill)
+    deployment = ("-n", namespace.cluster.target.operator_namespace, "rollout", "status", "deployment/qlora-operator")
+    namespace.cluster.kubectl(*deployment)
+    for step in ("prepare", "train", "merge"):
+        assert len(namespace.jobs("survivor", step)) == 1
+    assert namespace.status("survivor")["phase"] == "Succeeded"
