@@ -113,7 +113,7 @@ def _run(command: list[str]) -> str:
 def _failure(tool: str, code: int, lines: list[str]) -> StepError | OSError:
     if code < 0 and -code in _STOPPED_BY:
         message = f"{tool} was stopped by signal {-code}, as happens where memory is short; it is tried again"
-        return StepError(Reason.STORAGE_UNAVAILABLE, message, field=FIELD, code=ExitCode.TRANSIENT)
+        return StepError(Reason.OUT_OF_MEMORY, message, field=FIELD, code=ExitCode.TRANSIENT)
     if any(os.strerror(errno.ENOSPC) in line for line in lines):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     said = next((line.strip() for line in reversed(lines) if _TELLING.search(line)), lines[-1] if lines else "nothing")

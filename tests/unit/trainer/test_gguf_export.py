@@ -167,6 +167,7 @@ def test_a_tool_that_is_killed_is_tried_again(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="stopped by signal 9") as caught:
         gguf_export._run(["bash", "-c", "kill -9 $$"])
     assert caught.value.code is ExitCode.TRANSIENT
+    assert caught.value.reason is Reason.OUT_OF_MEMORY
 
 
 @pytest.mark.parametrize("trusted", [False, True])
