@@ -64,7 +64,7 @@ test-chaos: cluster-up ## Break the local cluster and its S3 in every way that d
 	$(PYTHON) -m pytest tests/chaos -m ''
 
 .PHONY: fuzz
-fuzz: cluster-up ## Look for manifests and histories that break a promise, thousands of them
+fuzz: cluster-tools ## Look for manifests and histories that break a promise, thousands of them
 	$(PYTHON) -m pytest tests/handlers/test_schema_agreement.py tests/unit/operator/test_histories.py -m long
 
 .PHONY: browser

@@ -14,7 +14,6 @@ from qlora_operator.config import OperatorConfig
 from tests.handlers.stage import REPOSITORY
 from tests.support.live import Cluster
 
-pytestmark = pytest.mark.cluster
 CLAIMS, NO_CLAIMS = "discovery.dynamicResources=true", "discovery.dynamicResources=false"
 CHART = str(REPOSITORY / "charts" / "qlora-operator")
 

@@ -14,8 +14,6 @@ from tests.support import gpus, models
 from tests.support.nodes import Simulation
 from tests.support.reports import TINY, prepare_report
 
-pytestmark = pytest.mark.cluster
-
 ANY_GPU = {"gpuClass": "auto", "tolerations": [gpus.TOLERATION]}
 H100 = gpus.device("gpu-0", "NVIDIA H100 80GB HBM3", 81559, "9.0")
 

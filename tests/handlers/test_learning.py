@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
-
 from qlora_operator.experience import CONFIG_MAP
 from qlorajob.identity import prepare_key
 from qlorajob.resource import parse
@@ -14,8 +12,6 @@ from tests.handlers.stage import Stage
 from tests.support import gpus
 from tests.support.nodes import Simulation
 from tests.support.reports import LLAMA_7B, prepare_report, train_report
-
-pytestmark = pytest.mark.cluster
 
 RESOURCES = {"gpuClass": "L4", "tolerations": [gpus.TOLERATION]}
 TRAINING = {"microBatchSize": 1, "gradientCheckpointing": True, "maxSequenceLength": 512}

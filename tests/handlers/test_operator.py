@@ -8,15 +8,11 @@ import time
 import urllib.request
 from typing import Any
 
-import pytest
-
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.identity import prepare_key
 from qlorajob.resource import parse
 from tests.handlers.stage import Json, Stage
 from tests.support.reports import adapter, failure, merge_report, prepare_report, train_report
-
-pytestmark = pytest.mark.cluster
 
 
 def key_of(stage: Stage, name: str) -> str:

@@ -36,7 +36,6 @@ SPEC = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["
 
 Json = Any
 Create = Callable[[Json], Json]
-pytestmark = pytest.mark.cluster
 
 
 class RefusedError(Exception):

@@ -14,7 +14,6 @@ from tests.handlers.conftest import RELEASE
 from tests.handlers.stage import Json, OperatorProcess, Stage
 from tests.support.reports import prepare_report, train_report
 
-pytestmark = pytest.mark.cluster
 STARTS_OPERATOR = False
 LEASE = f"{RELEASE}-qlora-operator"
 
