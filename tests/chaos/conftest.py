@@ -23,7 +23,7 @@ from tests.chaos.ledger import LEDGER
 from tests.conftest import fresh_namespace
 from tests.support import tiny
 from tests.support.faulty_s3 import FaultyS3, in_front_of
-from tests.support.live import Cluster, Namespace
+from tests.support.live import Cluster, Namespace, empty_bucket
 
 HERE = "tests/chaos/"
 WIDTH = 128
@@ -33,15 +33,7 @@ WIDTH = 128
 @pytest.fixture(scope="session")
 def s3(cluster: Cluster) -> Any:
     """A client of the real S3 server, which no fault touches; with a model and data in a bucket of these tests."""
-    client = cluster.target.s3()
-    if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
-        client.create_bucket(Bucket=BUCKET)
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
-        for item in page.get("Contents", []):
-            client.delete_object(Bucket=BUCKET, Key=item["Key"])
-    for upload in client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []):
-        client.abort_multipart_upload(Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
-    return client
+    return empty_bucket(cluster, BUCKET)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 from cluster.layout import cache_directory
 from demo.seed import MODEL
 from tests.support import tiny
-from tests.support.live import Cluster, Manifest, Namespace, merged
+from tests.support.live import Cluster, Manifest, Namespace, empty_bucket, merged
 
 BUCKET = "e2e"
 
@@ -19,13 +19,7 @@ BUCKET = "e2e"
 @pytest.fixture(scope="session")
 def s3(cluster: Cluster) -> Any:
     """A boto3 client for the cluster's S3 server, with the bucket of these tests emptied."""
-    client = cluster.target.s3()
-    if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
-        client.create_bucket(Bucket=BUCKET)
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
-        for item in page.get("Contents", []):
-            client.delete_object(Bucket=BUCKET, Key=item["Key"])
-    return client
+    return empty_bucket(cluster, BUCKET)
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,19 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Manifest:
     return result
 
 
+def empty_bucket(cluster: Cluster, bucket: str) -> Any:
+    """A boto3 client for the cluster's S3 server, on which the bucket is there and holds nothing."""
+    client = cluster.target.s3()
+    if bucket not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
+        client.create_bucket(Bucket=bucket)
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+        for item in page.get("Contents", []):
+            client.delete_object(Bucket=bucket, Key=item["Key"])
+    for upload in client.list_multipart_uploads(Bucket=bucket).get("Uploads", []):
+        client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+    return client
+
+
 def write_s3_secret(namespace: Namespace, name: str = "s3-credentials", **values: str) -> None:
     """The real credentials as a Secret, or others to be refused."""
     if not values:

@@ -32,6 +32,8 @@ CONFIGS = {
     "Qwen2.5-32B": _config("qwen2", 64, 5120, 27648, 40, 8, 152064),
     "CodeLlama-34B": _config("llama", 48, 8192, 22016, 64, 8, 32000),
     "Llama-2-70B": _config("llama", 80, 8192, 28672, 64, 8, 32000),
+    "Mixtral-8x7B": _config("mixtral", 32, 4096, 14336, 32, 8, 32000)
+    | {"num_local_experts": 8, "num_experts_per_tok": 2},
     "Qwen2.5-72B": _config("qwen2", 80, 8192, 29568, 64, 8, 152064),
 }
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 ROWS = 48
 
 
-def write_model(directory: Path, tokenizer_from: Path, *, width: int = 64) -> None:
-    """Two layers, SmolLM2's tokenizer; safetensors and config as the hub has them."""
+def write_model(directory: Path, tokenizer_from: Path, *, width: int = 64, **config: Any) -> None:
+    """Two layers, SmolLM2's tokenizer; safetensors and config, changed by `config`, as the hub has them."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    shape = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
@@ -26,8 +27,9 @@ def write_model(directory: Path, tokenizer_from: Path, *, width: int = 64) -> No
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **config,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.constants import GGMLQuantizationType, LlamaFileType
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weights
 from qlora_trainer import gguf_export
 from qlorajob.errors import ExitCode, Reason, StepError
+from tests.support import tiny
 
 
 def llama(tool: str, *arguments: str | Path) -> str:
@@ -35,24 +36,8 @@ def smollm2() -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     """A small random Llama, with rows as wide as the k-quants need."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-    )
     folder = tmp_path_factory.mktemp("models") / "small"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tiny.write_model(folder, smollm2, width=256, initializer_range=0.05, tie_word_embeddings=True)
     return folder
 
 

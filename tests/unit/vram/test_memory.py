@@ -183,14 +183,7 @@ def test_a_weight_takes_4_bits_and_its_share_of_the_constants() -> None:
 
 
 def test_experts_stay_in_16_bit() -> None:
-    mixture = model_facts(
-        {
-            "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-        }
-    )  # fmt: skip
-    assert mixture
+    mixture = models.facts("Mixtral-8x7B")
     assert peak(workload(mixture)).components["weights16Bit"] > 90 * GB
     dense = mixture.model_copy(update={"expert_parameters": 0})
     assert step_of(workload(mixture)).kept > step_of(workload(dense)).kept

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from qlora_vram.facts import model_facts
 from qlora_vram.gpus import KNOWN, GpuClass
 from qlora_vram.throughput import flops, micro_batch_seconds, tokens_per_second
 from tests.support import models
@@ -81,14 +80,7 @@ def test_offloading_is_bound_by_the_bus_at_most() -> None:
 
 
 def test_only_the_experts_that_a_token_visits_cost_time() -> None:
-    mixture = model_facts(
-        {
-            "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-        }
-    )  # fmt: skip
-    assert mixture
+    mixture = models.facts("Mixtral-8x7B")
     work = workload(mixture, 4, 2048, checkpointed=0)
     assert flops(work) < 0.5 * 4 * mixture.parameters * work.tokens
 
