@@ -60,8 +60,8 @@ def main() -> None:
             print(*(result.get(key) for key in ("variant", "case", "tokens_per_second", "error")), flush=True)
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             (options.out / "table.md").write_text(table(results), encoding="utf-8")
-    write_plots(results, options.out)
     print(table(results))
+    write_plots(results, options.out)
 
 
 def _measurements(variants: list[str], cases: list[str]) -> list[tuple[str, str]]:

@@ -6,18 +6,22 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from bench.train.cases import CASES, baseline
 from bench.train.table import Result, medians
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {"reference": "tab:gray", "unsloth": "tab:blue", "ours": "tab:orange"}
 
 
 def bars(results: Sequence[Result], number: str, label: str) -> Figure:
     """Each of our cases beside its baselines, by one of the medians' numbers."""
+    import matplotlib  # a GPU machine may lack it
+    from matplotlib.figure import Figure
+
     matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same results make the same file
     found = medians(results)
     cases = [case for case in CASES if ("ours", case) in found]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from typing import Any
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # `torch.cuda.is_available` without CUDA
+sys.modules["torchao"] = None  # type: ignore[assignment] # Unsloth's, found by transformers; asks the GPU's properties
 
 import torch
 
@@ -33,7 +35,6 @@ torch.cuda.get_device_capability = _capability  # type: ignore[assignment] # bit
 
 import json
 import multiprocessing
-import sys
 import tempfile
 import time
 from pathlib import Path
