@@ -177,7 +177,11 @@ class PlainStep:
         product = self._widest_up * wide
         normed = 0 if self._shares(wide) else stream
         at_up = self._kept_before_mlp + self._kept_at_up + factors + stream
+        before_up = self._kept_before_mlp + self._kept_at_up + 3 * stream
         return (
+            # Recomputed through the widest first product: what the weight gives, what the adapter gives, and that
+            # times its scale; beside them the residual stream before and behind attention, and its gradient.
+            self._moment(before_up + 3 * product),
             # Recomputed up to the last product: its result, the residual stream and its gradient beside it, and the
             # norm's result where LoRA's A didn't save that.
             self._moment(before_down + inside + 2 * stream + 2 * normed, down),
