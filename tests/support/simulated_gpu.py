@@ -62,14 +62,20 @@ class Counted:
 
 def count(run: Run) -> Counted:
     """Run two micro batches (the second finds the gradients of the first) and count the second."""
-    with _simulated(run), Ledger() as ledger:
-        model = _model(run)
-        gc.collect()
+    with _loaded(run) as (model, ledger):
         base = ledger.live
         _micro_batch(model, run, ledger)
         gradients = ledger.live - base
         kept = _micro_batch(model, run, ledger)
         return Counted(kept - base - gradients, ledger.peak - base - gradients)
+
+
+def count_kept(run: Run) -> int:
+    """The same `kept` as count's, without a backward pass."""
+    with _loaded(run) as (model, ledger):
+        base = ledger.live
+        _, kept = _forward(model, run, ledger)
+        return kept - base
 
 
 class Ledger(TorchDispatchMode):
@@ -123,8 +129,28 @@ class Ledger(TorchDispatchMode):
         return (args[0], positions, *args[2:])
 
 
+@contextmanager
+def _loaded(run: Run) -> Iterator[tuple[Any, Ledger]]:
+    """The model on the simulated GPU, and nothing beside it."""
+    gc.freeze()  # so that only what is made here is looked at for garbage, not all of the tests' process
+    try:
+        with _simulated(run), Ledger() as ledger:
+            model = _model(run)
+            gc.collect()
+            yield model, ledger
+    finally:
+        gc.unfreeze()
+
+
 def _micro_batch(model: Any, run: Run, ledger: Ledger) -> int:
     """Forward and backward; returns what lived in between."""
+    loss, kept = _forward(model, run, ledger)
+    loss.backward()
+    return kept
+
+
+def _forward(model: Any, run: Run, ledger: Ledger) -> tuple[Any, int]:
+    """The loss, and what lives then beside the inputs."""
     ids = torch.zeros(run.rows, run.length, dtype=torch.long)
     inputs = {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
     if run.masked:
@@ -133,8 +159,7 @@ def _micro_batch(model: Any, run: Run, ledger: Ledger) -> int:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = -model(**inputs, fused_lm_head=True).log_probs.sum()
     kept = ledger.live - sum(tensor.untyped_storage().nbytes() for tensor in inputs.values() if tensor is not False)
-    loss.backward()
-    return kept
+    return loss, kept
 
 
 def _model(run: Run) -> Any:

@@ -45,7 +45,8 @@ def export(model: Path, folder: Path, name: str, quantization: str, *, trust_rem
             return path
         exact = folder / "converted.gguf"
         _convert(readable, exact, "auto")
-    _run([str(TOOLS / QUANTIZER), str(exact), str(path), QUANTIZED[quantization], str(usable_cpus())])
+    command = [str(TOOLS / QUANTIZER), str(exact), str(path), QUANTIZED[quantization], str(usable_cpus())]
+    _run(command, tool=QUANTIZER)
     exact.unlink()
     return path
 
@@ -62,7 +63,8 @@ def answer(file: Path, text: str, max_new_tokens: int) -> str:
             *(str(TOOLS / RUNTIME), "--model", str(file), "--prompt", text, "--no-escape"),
             *("--predict", str(max_new_tokens), "--ctx-size", str(longest), "--temp", "0"),
             *("--threads", str(usable_cpus()), "--no-conversation", "--no-display-prompt", "--no-warmup"),
-        ]
+        ],
+        tool=RUNTIME,
     )
     return said.removesuffix("\n\n").removesuffix(END)
 
@@ -94,14 +96,16 @@ def _readable(model: Path, scratch: Path, *, code: bool) -> Iterator[Path]:
 
 
 def _convert(model: Path, path: Path, kind: str, *options: str) -> None:
-    _run([sys.executable, str(TOOLS / CONVERTER), str(model), "--outfile", str(path), "--outtype", kind, *options])
+    # Code of the model's own may want all of transformers.
+    runner = () if any(model.glob("*.py")) else ("-m", "qlora_trainer.gguf_converter")
+    command = [sys.executable, *runner, str(TOOLS / CONVERTER)]
+    _run([*command, str(model), "--outfile", str(path), "--outtype", kind, *options], tool=CONVERTER)
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], *, tool: str) -> str:
     """Run a tool; what it wrote to standard output. All that it said goes to the log where it fails."""
     environment = os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
-    tool = Path(command[1] if command[0] == sys.executable else command[0]).name
     if done.returncode == 0:
         logger.info("%s done", tool)
         return done.stdout

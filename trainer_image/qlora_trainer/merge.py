@@ -193,7 +193,8 @@ def _write_gguf(
     name = settings.config.name
     folder, code = _clean(settings.folder(GGUF)), trusts_remote_code(settings)
     path = gguf_export.export(merged, folder, name, wanted.quantization, trust_remote_code=code)
-    gguf_export.answer(path, "Hello", 1)  # else a file that llama.cpp can't run would be found out by its users
+    if not asks:
+        gguf_export.answer(path, "Hello", 1)  # else a file that llama.cpp can't run would be found out by its users
     for entry in report["prompts"] if asks else ():
         entry["gguf"] = gguf_export.answer(path, entry["text"], context.spec.evaluation.max_new_tokens)
     file = store.upload_file(path, f"{GGUF}/{path.name}")

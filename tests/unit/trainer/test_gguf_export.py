@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
-from gguf.constants import GGMLQuantizationType, LlamaFileType
+from gguf import GGUFValueType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weights
@@ -19,12 +21,15 @@ from qlora_trainer import gguf_export
 from qlorajob.errors import ExitCode, Reason, StepError
 from tests.support import tiny
 
+TEXT = "The capital of France is the city of"
+
 
 def llama(tool: str, *arguments: str | Path) -> str:
-    """Run one of llama.cpp's programs; what it prints."""
+    """Run one of llama.cpp's programs; what it prints and logs."""
     program = gguf_export.TOOLS / tool
     assert program.exists(), f"{program} isn't there: make llama-cpp"
-    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True, timeout=300).stdout
+    command, both = [program, *arguments], subprocess.STDOUT
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=both, text=True, check=True, timeout=300).stdout
 
 
 @pytest.fixture(scope="module")
@@ -53,57 +58,74 @@ def files(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Pa
     return made
 
 
-def logits_by_llama_cpp(file: Path, text: str, folder: Path) -> Any:
-    """llama.cpp's logits for the token after a text."""
-    llama("llama-debug", "-m", file, "-p", text, "--save-logits", "--logits-output-dir", folder, "-t", "2")
-    return np.fromfile(folder / f"llamacpp-{file.stem}.bin", np.float32)
+@dataclass(frozen=True)
+class Read:
+    """What llama.cpp finds in a file: the logits for the token after TEXT, and what it logs while it loads."""
+
+    logits: Any
+    log: str
+
+    def kinds(self) -> dict[str, int]:
+        """How many tensors there are of each type."""
+        return {kind: int(number) for kind, number in re.findall(r"- type +(\w+): +(\d+) tensors", self.log)}
+
+    def said(self, what: str) -> str:
+        """A property of the file."""
+        (found,) = re.findall(rf"print_info: {what} += (.+)", self.log)
+        return str(found).strip()
 
 
-def logits_by_transformers(model: Path, text: str) -> Any:
-    """transformers' logits, of the same weights in float32."""
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory, files: dict[str, Path]) -> dict[str, Read]:
+    """Each file as llama.cpp reads it."""
+    folder = tmp_path_factory.mktemp("read")
+    options = ("-p", TEXT, "--save-logits", "--logits-output-dir", folder, "-t", "2", "--log-verbosity", "4")
+    logs = {kind: llama("llama-debug", "-m", file, *options) for kind, file in files.items()}
+    return {
+        kind: Read(np.fromfile(folder / f"llamacpp-{files[kind].stem}.bin", np.float32), logs[kind]) for kind in logs
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path) -> tuple[Any, Any]:
+    """The same weights in float32 in transformers, and the tokenizer."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    asked = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        return loaded(asked).logits[0, -1].numpy()
+    return loaded, AutoTokenizer.from_pretrained(model)
 
 
 @pytest.mark.parametrize(("kind", "error"), [("f16", 0.005), ("q8_0", 0.05), ("q4_k_m", 0.2)])
 def test_llama_cpp_computes_what_transformers_does(
-    model: Path, files: dict[str, Path], tmp_path: Path, kind: str, error: float
+    wanted: tuple[Any, Any], read: dict[str, Read], kind: str, error: float
 ) -> None:
-    text = "The capital of France is the city of"
-    wanted, found = logits_by_transformers(model, text), logits_by_llama_cpp(files[kind], text, tmp_path)
-    assert float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)) < error
+    loaded, tokenizer = wanted
+    with torch.no_grad():
+        logits = loaded(tokenizer(TEXT, return_tensors="pt")["input_ids"]).logits[0, -1].numpy()
+    assert float(np.linalg.norm(read[kind].logits - logits) / np.linalg.norm(logits)) < error
 
 
-def test_q4_k_m_is_the_mixture_that_llama_cpp_calls_so(files: dict[str, Path]) -> None:
-    reader = GGUFReader(files["q4_k_m"])
-    field = reader.get_field("general.file_type")
-    assert field is not None
-    assert field.contents() == LlamaFileType.MOSTLY_Q4_K_M
-    kinds = {tensor.tensor_type for tensor in reader.tensors}
-    assert kinds == {GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.F32}
+def test_q4_k_m_is_the_mixture_that_llama_cpp_calls_so(read: dict[str, Read]) -> None:
+    assert read["q4_k_m"].said("file type") == "Q4_K - Medium"
+    assert read["q4_k_m"].kinds().keys() == {"q4_K", "q6_K", "f32"}
 
 
-def test_sizes_are_those_of_the_quantization(files: dict[str, Path]) -> None:
-    weights_of = {kind: sum(int(t.n_bytes) for t in GGUFReader(path).tensors) for kind, path in files.items()}
+def test_sizes_are_those_of_the_quantization(read: dict[str, Read]) -> None:
+    weights_of = {kind: float(read[kind].said("file size").partition(" MiB")[0]) for kind in read}
     assert weights_of["q8_0"] / weights_of["f16"] == pytest.approx(8.5 / 16, rel=0.01)
     assert 4.5 / 16 < weights_of["q4_k_m"] / weights_of["f16"] < 6.6 / 16  # the embeddings of this one are Q6_K
 
 
-def test_the_chat_template_travels_in_the_file(model: Path, files: dict[str, Path]) -> None:
-    field = GGUFReader(files["f16"]).get_field("tokenizer.chat_template")
-    assert field is not None
-    assert field.contents() == AutoTokenizer.from_pretrained(model).chat_template
+def test_the_chat_template_travels_in_the_file(wanted: tuple[Any, Any], files: dict[str, Path]) -> None:
+    template = wanted[1].chat_template.encode()
+    text = struct.pack("<IQ", GGUFValueType.STRING, len(template)) + template
+    assert b"tokenizer.chat_template" + text in files["f16"].read_bytes()
 
 
 def test_the_file_is_named_after_the_job(files: dict[str, Path]) -> None:
     assert files["q4_k_m"].name == "My-job-1-q4_k_m.gguf"
 
 
-def test_an_answer_is_what_transformers_generates(model: Path, files: dict[str, Path]) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def test_an_answer_is_what_transformers_generates(wanted: tuple[Any, Any], files: dict[str, Path]) -> None:
+    loaded, tokenizer = wanted
     for text in ("Once upon a time\n", r"a path like C:\new\table", "--help", "<|im_start|>user\nHi<|im_end|>\n"):
         asked = tokenizer(text, return_tensors="pt")["input_ids"]
         said = loaded.generate(asked, max_new_tokens=4, do_sample=False)[0, asked.shape[1] :]
@@ -150,7 +172,7 @@ def test_a_full_disk_is_told_from_a_model_that_can_t_be_converted(model: Path) -
 
 def test_a_tool_that_is_killed_is_tried_again(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="stopped by signal 9") as caught:
-        gguf_export._run(["bash", "-c", "kill -9 $$"])
+        gguf_export._run(["bash", "-c", "kill -9 $$"], tool="bash")
     assert caught.value.code is ExitCode.TRANSIENT
     assert caught.value.reason is Reason.OUT_OF_MEMORY
 

@@ -18,7 +18,7 @@ from qlora_vram.plain import PlainStep
 from qlora_vram.workload import Workload
 from qlorajob.plan import LinearLayers, ModelFacts
 from tests.support import models
-from tests.support.simulated_gpu import Run, count
+from tests.support.simulated_gpu import Run, count, count_kept
 from tests.unit.vram.workloads import FACTS, workload
 
 NOTHING_BESIDE = Calibration(context_bytes=0, slack_share=0)
@@ -96,14 +96,14 @@ LONG = pytest.param({"rows": 4}, id="long")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_keeps_what_autograd_keeps(family: str, variant: dict[str, Any]) -> None:
     two, three = (rows_for(Run(with_layers(family, layers), **variant)) for layers in (2, 3))
-    counted = count(three).kept - count(two).kept
+    counted = count_kept(three) - count_kept(two)
     assert PlainStep(predicted(two), masked=two.masked).kept == pytest.approx(counted, rel=0.02)
 
 
 def test_adapters_on_some_layers_keep_less() -> None:
     some = Run(with_layers("llama", 2), dropout=0.05, masked=True, targets=["q_proj", "v_proj"], rank=64)
     more = replace(some, config=with_layers("llama", 3))
-    counted = count(more).kept - count(some).kept
+    counted = count_kept(more) - count_kept(some)
     assert PlainStep(predicted(some), masked=some.masked).kept == pytest.approx(counted, rel=0.02)
     assert counted < PlainStep(predicted(replace(some, targets="all-linear")), masked=True).kept
 
