@@ -22,6 +22,11 @@ LOGIT_BYTES: Final = 256 * 2**20
 """Logits that exist at once (`fast.cross_entropy.CHUNK_BYTES`) …"""
 LOGIT_ROWS: Final = 64
 """… in a multiple of so many tokens."""
+GRAPH_TOKENS: Final = 4096
+"""Runs whose micro batches have at most so many tokens replay them as CUDA graphs (`fast.step`)."""
+SECOND_STREAM_BYTES: Final = 80_000_000
+"""What the driver counts for a CUDA graph, or for copies to and from the host beside the work (measured: 78 to 103 MB,
+whatever the model's size)."""
 GROUPS: Final[tuple[Role, ...]] = ("qkv", "out", "up", "down")
 """Linear layers with one input run as one."""
 
@@ -58,7 +63,13 @@ class FastStep:
             outputs = sum(linear.outputs * linear.count for linear in groups[name]) // layers
             buffer = max(buffer, inputs * outputs)
             copies += self._ranks[name] * (inputs + outputs) * layers
-        return {"dequantization": size * buffer, "adapter": size * copies}
+        beside = SECOND_STREAM_BYTES if self.graphs or self.workload.shape.offload else 0
+        return {"dequantization": size * buffer, "adapter": size * copies, "context": beside}
+
+    @property
+    def graphs(self) -> bool:
+        """Micro batches are replayed as CUDA graphs."""
+        return self.workload.tokens <= GRAPH_TOKENS and not self.workload.shape.offload
 
     @cached_property
     def kept(self) -> int:

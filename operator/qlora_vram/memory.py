@@ -8,12 +8,12 @@ largest, so that what never exists at the same time is never added up.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from qlora_vram.activations import Moment, Step
 from qlora_vram.calibration import Calibration, shipped
-from qlora_vram.fast import FastStep
+from qlora_vram.fast import GRAPH_TOKENS, FastStep
 from qlora_vram.gpus import GIB
 from qlora_vram.plain import PlainStep
 from qlora_vram.workload import Workload
@@ -57,7 +57,15 @@ class Breakdown:
 
 def peak(workload: Workload, calibration: Calibration | None = None) -> Breakdown:
     """The peak of GPU memory on each GPU of a run. Never less with more rows, tokens, rank or parameters."""
-    calibration = calibration or shipped()
+    found = _peak(workload, calibration or shipped())
+    if workload.engine == "plain" or workload.tokens <= GRAPH_TOKENS:
+        return found
+    # Graphs end where micro batches are large, and what they take ends with them. A little more work never takes less.
+    largest_graph = replace(workload, length=GRAPH_TOKENS, shape=replace(workload.shape, rows=1))
+    return max(found, _peak(largest_graph, calibration or shipped()), key=lambda each: each.total)
+
+
+def _peak(workload: Workload, calibration: Calibration) -> Breakdown:
     steps = steps_of(workload)
     phases = [(name, components) for step in steps for name, components in _phases(workload, step)]
     # The first of equals: phases come in the order in which they happen.
@@ -65,7 +73,8 @@ def peak(workload: Workload, calibration: Calibration | None = None) -> Breakdow
     components = _static(workload, steps[0])
     for name, size in _with_slack(largest, calibration).items():
         components[name] = components.get(name, 0) + size
-    components |= {"slack": components.pop("slack"), "context": calibration.context_bytes}
+    context = components.pop("context", 0) + calibration.context_bytes
+    components |= {"slack": components.pop("slack"), "context": context}
     return Breakdown({name: size for name, size in components.items() if size}, phase)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from qlora_vram.fast import FastStep
 from qlora_vram.gpus import GpuClass
 from qlora_vram.memory import step_of
 from qlora_vram.workload import Engine, Workload
@@ -22,10 +23,8 @@ DEQUANTIZATION_BYTES: Final = 2.6
 """Memory traffic of one weight: half a byte and a constant read, two bytes written."""
 LAUNCH_SECONDS: Final[dict[Engine, float]] = {"plain": 5.4e-3, "fast": 1.2e-3}
 """Python's time for one pass through one layer: what small micro batches run at, however fast the GPU is."""
-GRAPH_TOKENS: Final = 4096
-"""The fast path replays micro batches of at most so many tokens as CUDA graphs (`fast.step`) …"""
 GRAPH_SECONDS: Final = 2e-4
-"""… which take this for one pass through one layer."""
+"""A CUDA graph's time for the same."""
 BUS_BYTES: Final = 12e9
 """Bytes a second between host and GPU that offloaded checkpoints can count on (PCIe 3, 16 lanes)."""
 UPDATE_SECONDS: Final[dict[Engine, float]] = {"plain": 1e-4, "fast": 5e-5}
@@ -72,7 +71,7 @@ def flops(workload: Workload) -> float:
 
 
 def _launch_seconds(workload: Workload) -> float:
-    graphs = workload.engine == "fast" and workload.tokens <= GRAPH_TOKENS and not workload.shape.offload
+    graphs = workload.engine == "fast" and FastStep(workload).graphs
     return GRAPH_SECONDS if graphs else LAUNCH_SECONDS[workload.engine]
 
 

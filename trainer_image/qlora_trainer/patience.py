@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from qlora_trainer.signals import StopSignal
 from qlora_trainer.storage import Storage, StoredObject
-from qlorajob.errors import ExitCode, StepError
+from qlorajob.errors import ExitCode, Reason, StepError
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +29,19 @@ _jitter = random.Random()  # noqa: S311 - not the generator that training draws 
 class PatientStorage:
     """A Storage that repeats what failed for a transient reason, with growing and random pauses.
 
-    When a stop is asked for, patience ends with the grace period.
+    When a stop is asked for, patience ends with the grace period. `reasons` are those that are worth waiting for.
     """
 
-    def __init__(self, storage: Storage, stop: StopSignal, *, seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        stop: StopSignal,
+        *,
+        seconds: float | None = None,
+        reasons: Container[Reason] = frozenset(Reason),
+    ) -> None:
         self.uri = storage.uri
-        self._storage, self._stop = storage, stop
+        self._storage, self._stop, self._reasons = storage, stop, reasons
         self._seconds = PATIENCE if seconds is None else seconds
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
@@ -68,7 +75,8 @@ class PatientStorage:
 
     def within(self, prefix: str) -> PatientStorage:
         """See Storage."""
-        return PatientStorage(self._storage.within(prefix), self._stop, seconds=self._seconds)
+        storage = self._storage.within(prefix)
+        return PatientStorage(storage, self._stop, seconds=self._seconds, reasons=self._reasons)
 
     def _repeat(self, action: Callable[[], T]) -> T:
         end: float | None = None
@@ -77,7 +85,7 @@ class PatientStorage:
             try:
                 return action()
             except StepError as error:
-                if error.code is not ExitCode.TRANSIENT:
+                if error.code is not ExitCode.TRANSIENT or error.reason not in self._reasons:
                     raise
                 end = end or time.monotonic() + self._seconds
                 pause = longest * _jitter.uniform(0.5, 1)

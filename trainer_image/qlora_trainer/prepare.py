@@ -15,6 +15,7 @@ from qlora_trainer.context import Context
 from qlora_trainer.data import load_data
 from qlora_trainer.model_facts import inspect_model
 from qlora_trainer.model_source import open_model
+from qlora_trainer.patience import PatientStorage
 from qlora_trainer.tokenizer import load_tokenizer, trusts_remote_code
 from qlorajob import identity
 from qlorajob.errors import Reason, StepError
@@ -23,6 +24,9 @@ from qlorajob.status import Prepared
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 60.0
+"""Seconds that a server which answers, but not now, is waited for. Where nobody answers, the user learns it at once."""
+
 
 def run(context: Context) -> None:
     """Prepare a run."""
@@ -30,7 +34,7 @@ def run(context: Context) -> None:
     refuse_unsupported(spec)
     clock = Clock(logger)
 
-    output = open_output(settings)
+    output = PatientStorage(open_output(settings), context.stop, seconds=PATIENCE, reasons={Reason.STORAGE_UNAVAILABLE})
     check_output(output)
     clock.lap("output")
 

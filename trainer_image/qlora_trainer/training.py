@@ -59,12 +59,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
 
-    def use_fast_path(self, plan: Plan, hardware: Hardware) -> None:
-        """Compute the training steps on the fast path, where model and machine allow it. It is made for GPUs."""
+    def use_fast_path(self, plan: Plan, hardware: Hardware, *, longest: int) -> None:
+        """Compute the training steps on the fast path, where model and machine allow it. It is made for GPUs.
+
+        No row has more than `longest` tokens.
+        """
         if hardware.on_gpu:
             from qlora_trainer.fast.step import start  # needs Triton, which is where GPUs are
 
-            self.fast = start(self.model, plan, hardware, self.accelerator.backward)
+            tokens = plan.micro_batch_size * -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+            self.fast = start(self.model, plan, hardware, self.accelerator.backward, tokens=tokens)
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """The optimizer, which pages its states only where they are large."""
@@ -152,7 +156,8 @@ def make_trainer(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.use_fast_path(plan, hardware)
+    longest = spec.training.max_sequence_length if spec.training.packing else int(data.train.lengths.max())
+    trainer.use_fast_path(plan, hardware, longest=longest)
     if trainer.fast is None:
         hardware.degrade(checkpoint_layers(model, plan))
     return trainer

@@ -62,6 +62,15 @@ def test_patience_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert patience.PATIENCE - patience.LONGEST_PAUSE <= storage.now <= patience.PATIENCE
 
 
+def test_only_what_is_worth_waiting_for_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = _Failing(failures=float("inf"))
+    storage.patiently(monkeypatch)
+    patient = PatientStorage(storage, StopSignal(), reasons={Reason.ENDPOINT_UNREACHABLE})  # type: ignore[arg-type]
+    with pytest.raises(StepError, match="down"):
+        patient.read("key")
+    assert (storage.calls, storage.now) == (1, 0.0)
+
+
 def test_no_two_processes_try_again_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for _ in range(2):

@@ -154,7 +154,7 @@ def test_a_tight_gpu_recomputes_as_few_layers_as_it_must() -> None:
 
 def test_checkpoints_leave_the_gpu_only_if_they_must() -> None:
     assert not planned(on("L4", 2048)).offload_checkpoints
-    assert planned(on("L4", 98304)).offload_checkpoints
+    assert planned(on("L4", 90112)).offload_checkpoints
 
 
 @pytest.mark.parametrize(("asked", "said"), [(True, "full"), (False, "none")])

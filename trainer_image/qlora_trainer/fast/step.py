@@ -16,7 +16,10 @@ from qlora_trainer.hardware import Hardware
 from qlorajob.plan import Plan
 
 GRAPH_TOKENS = 4096
-"""Micro batches of at most so many tokens are launch-bound: a layer's kernels run faster than Python starts them."""
+"""Micro batches of at most so many tokens are launch-bound: a layer's kernels run faster than Python starts them.
+
+Graphs are for runs without larger ones: their memory is their own, and a large one, run eagerly, would come on top.
+"""
 MAX_GRAPHS = 8
 """Shapes that get a graph. Each keeps its activations' memory, which they share."""
 
@@ -74,15 +77,20 @@ class Inputs:
         )  # fmt: skip
 
 
-def start(model: Any, plan: Plan, hardware: Hardware, backward: Callable[[torch.Tensor], None]) -> MicroStep | None:
-    """The fast path for a model; None, with the reason among the degradations, where it can't be taken."""
+def start(
+    model: Any, plan: Plan, hardware: Hardware, backward: Callable[[torch.Tensor], None], *, tokens: int
+) -> MicroStep | None:
+    """The fast path for a model, whose largest micro batch has so many tokens.
+
+    None, with the reason among the degradations, where it can't be taken.
+    """
     try:
         decoder = _decoder(model, plan)
     except NotCoveredError as error:
         hardware.degrade(f"the layers run one operation at a time: {error}")
         return None
     # Gradients that are scaled, or checkpoints that leave the device, change from step to step.
-    graphs = hardware.precision != "fp16" and not plan.offload_checkpoints
+    graphs = tokens <= GRAPH_TOKENS and hardware.precision != "fp16" and not plan.offload_checkpoints
     return MicroStep(decoder, backward, graphs=graphs)
 
 
@@ -109,7 +117,7 @@ class MicroStep:
     def __call__(self, batch: dict[str, Any], items: torch.Tensor | int | None) -> torch.Tensor:
         """One micro step. `items` as transformers counts them: the tokens of all micro batches of the step."""
         inputs = Inputs.of(batch, items)
-        if self._graphs is None or inputs.input_ids.numel() > GRAPH_TOKENS:
+        if self._graphs is None:
             return self._run(inputs)
         inputs = inputs.rounded()
         graph = self._graphs.get(inputs.shape)
