@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A GPU session in three commands, each of less than ten minutes: bench/session.sh 1|2|3 (bench/README.md).
+# A GPU session in commands of less than ten minutes each: bench/session.sh 1|2|3|4 (bench/README.md).
 #
 # Every part has a time limit of its own, and none begins that the command's own limit would cut off. After each part
 # what there is so far is in $OUT: results.tar.gz, laid out like docs/results, and logs.tar.gz.
@@ -10,6 +10,9 @@ scratch="${SCRATCH:-/tmp/bench-session}"
 results="$scratch/results" logs="$scratch/logs"
 deadline=$((SECONDS + ${LIMIT_SECONDS:-570}))
 mkdir -p "$out" "$results/speed" "$results/vram" "$logs"
+# What is there already is gone on with, not measured again.
+cp -rn docs/results/recipes.json "$results/" 2> /dev/null
+cp -rn docs/results/speed/results.json "$results/speed/" 2> /dev/null
 
 keep() {
   tar -czf "$out/results.tar.gz" -C "$results" .
@@ -38,27 +41,29 @@ device "setup-$number" 90 setup
 case "$number" in
   1)
     weights 0
-    device tests 150 test tests/gpu --deselect tests/gpu/test_out_of_memory.py
-    device out-of-memory 130 test tests/gpu/test_out_of_memory.py
-    vram 330
+    device recipes 400 python -m bench.recipes --missing --out "$results"
+    device tests 130 test tests/gpu --deselect tests/gpu/test_out_of_memory.py
     ;;
   2)
     weights 1
-    device startup 190 python -m bench.startup --out "$results/speed"
     # What --rounds asks for and there is no time for is gone on with by the same command, another day.
-    device train 350 python -m bench.train --rounds 3 --steps 12 --warmup 4 --limit 60 --out "$results/speed"
+    device train 470 python -m bench.train --rounds 3 --steps 12 --warmup 4 --limit 180 --out "$results/speed"
     ;;
   3)
     weights 2
     model=/tmp/weights/SmolLM2-135M-Instruct
     if [ -f "$model/config.json" ]; then
-      device curves-smollm2 130 python -m bench.curves "$model" --name smollm2-135m --seeds 0 1 --out "$results/speed"
-      device quality 170 python -m bench.quality --model "$model" --data .bench/data/languages.jsonl --out "$results"
+      device quality 330 python -m bench.quality --model "$model" --data .bench/data/languages.jsonl --out "$results"
+      device curves-smollm2 170 python -m bench.curves "$model" --name smollm2-135m --seeds 0 1 --out "$results/speed"
     else
       echo "== real weights: not all parts were carried"
     fi
-    device recipes 230 python -m bench.recipes --out "$results"
-    device curves-random 110 python -m bench.curves tinyllama-1b --seeds 0 1 --out "$results/speed"
+    ;;
+  4) # for a session of its own, with what is left of the others
+    device startup 240 python -m bench.startup --out "$results/speed"
+    vram 200
+    device out-of-memory 150 test tests/gpu/test_out_of_memory.py
+    device curves-random 200 python -m bench.curves tinyllama-1b --seeds 0 1 --out "$results/speed"
     device longest 120 python -m bench.train.worker ours 8b-131k --steps 1 --warmup 0
     ;;
 esac

@@ -27,9 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument(
-        "--model", default=str(MODEL), help="a folder (default: SmolLM2-135M-Instruct of dev/weights.py)"
+        "--model",
+        type=_absolute,
+        default=str(MODEL),
+        help="a folder (default: SmolLM2-135M-Instruct of dev/weights.py)",
     )
-    parser.add_argument("--data", help="JSON Lines (default: made here, by bench.quality.data)")
+    parser.add_argument("--data", type=_absolute, help="JSON Lines (default: made here, by bench.quality.data)")
     for name in ("steps", "rows", "length", "rank", "looks"):
         parser.add_argument(f"--{name}", type=int, default=_default(name))
     parser.add_argument("--learning-rate", type=float, default=_default("learning_rate"))
@@ -44,6 +47,11 @@ def main() -> None:
     results = [_result(kind, seed, setting, folder) for seed in options.seeds for kind in get_args(Kind)]
     (options.out / "quality.md").write_text(page(results, _command(setting, options.seeds)), encoding="utf-8")
     picture(results, folder / "curves.svg")
+
+
+def _absolute(path: str) -> str:
+    """As a file:// URI wants it."""
+    return str(Path(path).resolve())
 
 
 def _default(name: str) -> Any:

@@ -69,11 +69,14 @@ class PlainStep:
     def standing(self) -> dict[str, int]:
         """What packed rows' mask was built from: positions, compared as 64-bit integers; nothing else fits into it.
 
-        No buffer for weights: each is dequantized into one of its own.
+        No buffer for weights: each is dequantized into a tensor of its own. One exists at a time, but the allocator
+        comes to hold a block for each size.
         """
+        weights = sorted({self._dequantized(role) for role in self._linears})
+        blocks = {"slack": sum(weights[:-1])}
         if not self.workload.packing:
-            return {}
-        return {"mask": 8 * self.workload.tokens**2 // self.workload.shape.rows}
+            return blocks
+        return {**blocks, "mask": 8 * self.workload.tokens**2 // self.workload.shape.rows}
 
     @cached_property
     def kept(self) -> int:
