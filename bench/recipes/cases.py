@@ -99,7 +99,7 @@ RECIPES = {
 }  # fmt: skip
 
 TINY: dict[str, Any] = {
-    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16,
-    "vocab_size": 512,
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
 }  # fmt: skip
 """What --tiny puts over a shape, to try the command without a GPU."""

@@ -47,6 +47,7 @@ def inspect_model(source: ModelSource, settings: Settings) -> ModelFacts:
     config = _load_config(folder, settings)
     model = known or _meta_model(config, settings)
     _check_target_modules(model, str(raw.get("model_type", "")), settings.spec)
+    _check_packing(model, settings.spec)
     return model.facts(source.files.weight_bytes)
 
 
@@ -149,6 +150,13 @@ def _check_target_modules(model: Outline, model_type: str, spec: QLoRAJobSpec) -
     if heads:
         message = f"{field}: {heads[0]} is the output head, which stays as it is; take it off the list"
         raise StepError(Reason.UNSUPPORTED, message, field=field)
+
+
+def _check_packing(model: Outline, spec: QLoRAJobSpec) -> None:
+    """Refuse here what is known. Of other models train finds out, before its first step."""
+    if spec.training.packing and isinstance(model, Blueprint) and not model.family.packs:
+        message = "training.packing: packed rows would see each other in this model; set training.packing: false"
+        raise StepError(Reason.UNSUPPORTED, message, field="training.packing")
 
 
 def _has_default_targets(model: Outline, model_type: str) -> bool:

@@ -151,6 +151,7 @@ FALCON = Family(
     outer_norms=(LAYER_NORM,),
     lora_default=FUSED,
     complete=_falcon,
+    packs=False,
 )
 OPT = Family(
     defaults=sizes(
@@ -195,6 +196,7 @@ MPT = Family(
     outer_norms=(Norm("hidden"),),
     lora_default=("Wqkv",),
     complete=_four_times,
+    packs=False,
 )
 CHATGLM = Family(  # ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B; ChatGLM-6B's config has other names
     defaults=sizes(

@@ -98,6 +98,8 @@ class Family:
     """PEFT's default targets; none where PEFT has none."""
     remote_code: bool = False
     """Comes with Python code of its own: transformers has no class for it."""
+    packs: bool = True
+    """Documents in one row don't see each other: transformers tells them apart by their positions."""
     needs: tuple[str, ...] = ()
     """Keys without which a config of this type is of another kind."""
     refuses: tuple[str, ...] = ()

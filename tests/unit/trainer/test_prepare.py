@@ -178,5 +178,12 @@ def test_a_trusted_model_with_code_of_its_own_is_not_packed(job: Job, changed_mo
     assert (refusal.reason, refusal.field) == (Reason.UNSUPPORTED, "training.packing")
 
 
+def test_a_family_whose_packed_rows_would_see_each_other_is_refused(job: Job, changed_model: ChangedModel) -> None:
+    job = job.change(model={"uri": f"file://{changed_model(model_type='mpt')}"})
+    refusal = _refusal(job)
+    assert (refusal.reason, refusal.field) == (Reason.UNSUPPORTED, "training.packing")
+    assert job.change(training={"packing": False}).prepare().total_steps == 4
+
+
 def test_the_default_layers_of_a_known_family_are_accepted(job: Job) -> None:
     assert job.change(lora={"targetModules": "default"}).prepare().total_steps == 4

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, MptConfig, MptForCausalLM
 
 from qlora_trainer.hardware import Hardware
-from qlora_trainer.model import describe, load_quantized
+from qlora_trainer.model import describe, load_quantized, require_isolated_documents
+from qlora_vram.architectures import FAMILIES
 from qlorajob.errors import Reason, StepError
 from tests.unit.trainer.jobs import Job
 
@@ -35,6 +36,17 @@ def test_falcon_is_quantized_and_still_says_the_same(job: Job, tmp_path: Path) -
     with torch.no_grad():
         expected, found = original(ids).logits, loaded(ids).logits
     assert torch.nn.functional.cosine_similarity(expected, found, dim=-1).min() > 0.97
+
+
+def test_packed_rows_see_each_other_in_the_families_that_prepare_refuses_to_pack(tmp_path: Path) -> None:
+    models = {
+        "falcon": a_falcon(tmp_path / "falcon"),
+        "mpt": MptForCausalLM(MptConfig(vocab_size=64, d_model=64, n_layers=2, n_heads=2, max_seq_len=64)),
+    }
+    assert {name for name, family in FAMILIES.items() if not family.packs} == set(models)
+    for model in models.values():
+        with pytest.raises(StepError, match="packed rows would see each other"):
+            require_isolated_documents(model)
 
 
 def test_a_model_of_which_nothing_is_quantized_is_refused(
