@@ -74,7 +74,7 @@ def count_kept(run: Run) -> int:
     """The same `kept` as count's, without a backward pass."""
     with _loaded(run) as (model, ledger):
         base = ledger.live
-        _, kept = _forward(model, run, ledger)
+        _, kept = _forward(model, _inputs(run), ledger)
         return kept - base
 
 
@@ -144,22 +144,26 @@ def _loaded(run: Run) -> Iterator[tuple[Any, Ledger]]:
 
 def _micro_batch(model: Any, run: Run, ledger: Ledger) -> int:
     """Forward and backward; returns what lived in between."""
-    loss, kept = _forward(model, run, ledger)
+    inputs = _inputs(run)
+    loss, kept = _forward(model, inputs, ledger)
     loss.backward()
     return kept
 
 
-def _forward(model: Any, run: Run, ledger: Ledger) -> tuple[Any, int]:
-    """The loss, and what lives then beside the inputs."""
+def _inputs(run: Run) -> dict[str, Any]:
     ids = torch.zeros(run.rows, run.length, dtype=torch.long)
-    inputs = {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
+    inputs = {"input_ids": ids, "labels": ids.clone()}
     if run.masked:
         inputs["attention_mask"] = torch.ones(run.rows, 1, run.length, run.length, dtype=torch.bool)
+    return inputs
+
+
+def _forward(model: Any, inputs: dict[str, Any], ledger: Ledger) -> tuple[Any, int]:
+    """The loss, and what lives then beside the inputs."""
     ledger.peak = ledger.live
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = -model(**inputs, fused_lm_head=True).log_probs.sum()
-    kept = ledger.live - sum(tensor.untyped_storage().nbytes() for tensor in inputs.values() if tensor is not False)
-    return loss, kept
+        loss = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
+    return loss, ledger.live - sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
 
 
 def _model(run: Run) -> Any:
