@@ -12,6 +12,7 @@ from transformers import GlmConfig, GPTJConfig, GPTNeoXConfig, LlamaConfig, Phi3
 
 from qlora_vram.calibration import Calibration, shipped
 from qlora_vram.facts import model_facts
+from qlora_vram.fast import GRAPH_TOKENS, SECOND_STREAM_BYTES
 from qlora_vram.layers import detailed
 from qlora_vram.memory import bits_a_weight, disk_bytes, download_bytes, host_bytes, optimizer_bytes, peak, step_of
 from qlora_vram.plain import PlainStep
@@ -19,7 +20,7 @@ from qlora_vram.workload import Workload
 from qlorajob.plan import LinearLayers, ModelFacts
 from tests.support import models
 from tests.support.simulated_gpu import Run, count, count_kept
-from tests.unit.vram.workloads import FACTS, workload
+from tests.unit.vram.workloads import FACTS, llama, workload
 
 NOTHING_BESIDE = Calibration(context_bytes=0, slack_share=0)
 """Leaves what tensors take: torch's own figure of allocated memory."""
@@ -282,6 +283,16 @@ WORKLOADS = st.builds(
 @given(WORKLOADS, st.integers(1, 4096))
 def test_longer_rows_never_take_less(work: Workload, more: int) -> None:
     assert peak(replace(work, length=work.length + more)).total >= peak(work).total
+
+
+def test_one_token_more_than_a_graph_holds_takes_no_less() -> None:
+    """What a graph takes beside its tensors ends there, all at once."""
+    facts = llama(2, 64, 4, 1, 512, 1000)
+    largest_graph, larger, large = (
+        peak(workload(facts, 1, length, engine="fast")) for length in (GRAPH_TOKENS, GRAPH_TOKENS + 1, 4 * GRAPH_TOKENS)
+    )
+    assert larger.total >= largest_graph.total
+    assert large.components["context"] == largest_graph.components["context"] - SECOND_STREAM_BYTES
 
 
 @given(WORKLOADS, st.integers(1, 16))
