@@ -15,8 +15,10 @@ from typing import cast, get_args
 
 from qlora_trainer import disk, logs
 from qlora_trainer.context import Context, Outcome
+from qlora_trainer.libraries import NOT_USED, as_if_absent
 from qlora_trainer.settings import Settings, arrange_environment
 from qlora_trainer.signals import Stopped, StopSignal
+from qlora_trainer.tokenizer import trusts_remote_code
 from qlorajob import names
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.run import WARNING_LENGTH, WARNINGS, RunReport, Step
@@ -53,8 +55,10 @@ def run_step(step: Step) -> RunReport:
         run = config.prepared.run_id if config.prepared else None
         logs.configure(step=step, job=f"{config.namespace}/{config.name}".lstrip("/"), run=run)
         arrange_environment(os.environ, settings)
-        command = importlib.import_module(f"qlora_trainer.{step}")
-        command.run(Context(settings, stop, outcome))
+        # Code that comes with a model may want any package that is there.
+        with as_if_absent(() if trusts_remote_code(settings) else NOT_USED):
+            command = importlib.import_module(f"qlora_trainer.{step}")
+            command.run(Context(settings, stop, outcome))
     except (Exception, Stopped) as error:
         end = diagnose(error, step)
         level = logging.ERROR if end.code is not ExitCode.INTERRUPTED else logging.WARNING

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_trainer import gguf_export, logs
 from qlora_trainer.artifacts import RunStore
 from qlora_trainer.context import Context
-from qlora_trainer.libraries import import_bitsandbytes
+from qlora_trainer.libraries import import_bitsandbytes, importing_much
 from qlora_trainer.settings import usable_memory
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.manifest import ADAPTER, GGUF, MERGED, REPORT, REPORT_PAGE, ArtifactManifest, ManifestFile
@@ -70,12 +70,13 @@ def _is_done(manifest: ArtifactManifest, report: dict[str, Any], wanted: MergeSp
 
 
 def _merge(context: Context, store: RunStore, manifest: ArtifactManifest, report: dict[str, Any]) -> ArtifactManifest:
-    import_bitsandbytes()
-    from qlora_trainer.hardware import DTYPES
-    from qlora_trainer.merging import plan_merge
-    from qlora_trainer.model_source import open_model
-    from qlora_trainer.report_page import report_files
-    from qlora_trainer.tokenizer import load_tokenizer, trusts_remote_code
+    with importing_much():
+        import_bitsandbytes()
+        from qlora_trainer.hardware import DTYPES
+        from qlora_trainer.merging import plan_merge
+        from qlora_trainer.model_source import open_model
+        from qlora_trainer.report_page import report_files
+        from qlora_trainer.tokenizer import load_tokenizer, trusts_remote_code
 
     settings, wanted = context.settings, context.spec.merge
     code = trusts_remote_code(settings)

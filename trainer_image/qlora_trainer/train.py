@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from qlora_trainer.artifacts import RunStore
 from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
-from qlora_trainer.libraries import import_bitsandbytes
+from qlora_trainer.libraries import import_bitsandbytes, importing_much
 from qlora_trainer.metrics import Telemetry
 from qlora_trainer.publication import CLAIM, PublishedElsewhere
 from qlorajob.errors import Reason, StepError
@@ -47,14 +48,20 @@ def _train(context: Context, store: RunStore) -> ArtifactManifest:
     telemetry.serve(settings.metrics_port)  # before anything is loaded, so that loading is seen as life
 
     clock = Clock(logger)
-    import_bitsandbytes()
-    from qlora_trainer.recipe import train_adapter
-
+    train_adapter = import_recipe()
     clock.lap("imports")
     try:
         return train_adapter(context, plan, store, telemetry, clock)
     finally:
         context.outcome.progress = telemetry.progress
+
+
+def import_recipe() -> Callable[..., ArtifactManifest]:
+    """recipe.train_adapter, with all the libraries it needs."""
+    with importing_much():
+        import_bitsandbytes()
+        from qlora_trainer.recipe import train_adapter
+    return train_adapter
 
 
 def _tell(context: Context, manifest: ArtifactManifest) -> None:
