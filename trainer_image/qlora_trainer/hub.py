@@ -40,6 +40,14 @@ def download_model(repo: str, commit: str, files: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=commit, allow_patterns=files))
 
 
+def cached_model(repo: str, commit: str) -> Path | None:
+    """Folder with what the cache has of the repository; None if that is nothing. Asks no hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "config.json", revision=commit)
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def resolve_dataset(repo: HubRepo, *, field: str) -> str:
     """The commit that a revision of a dataset means now."""
     from huggingface_hub import HfApi

@@ -83,6 +83,22 @@ def open_model(settings: Settings, revision: str | None = None) -> ModelSource:
     return source
 
 
+def weights_on_disk(settings: Settings) -> tuple[Path, ...]:
+    """The weights that are on this machine already, as far as that can be told without asking anybody else."""
+    uri, revision = settings.spec.model.uri, settings.prepared.model_revision
+    try:
+        if is_hub(uri):
+            folder = hub.cached_model(hub_repo(uri).repo, revision)
+        elif is_s3(uri):
+            folder = _fetched_folder(settings, revision)
+        else:
+            folder = local_path(uri, settings, missing=Reason.MODEL_NOT_FOUND, field=FIELD)
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()} if folder else {}
+    except (StepError, OSError):
+        return ()
+    return tuple(folder / name for name in ModelFiles.choose(sizes).weights) if folder else ()
+
+
 class HubSource:
     """A repository on a Hugging Face hub. The revision is its commit."""
 
@@ -114,7 +130,7 @@ class S3Source:
         self.files = ModelFiles.choose({key: item.bytes for key, item in objects.items()})
         self.revision = self._digest(objects)
         _require_same(uri, self.revision, revision)
-        self._folder = (settings.cache_dir or settings.work_dir) / "models" / self.revision
+        self._folder = _fetched_folder(settings, self.revision)
 
     def _digest(self, objects: dict[str, StoredObject]) -> str:
         chosen = sorted({**self.files.metadata, **self.files.weights})
@@ -155,6 +171,11 @@ class FolderSource:
     def weights_folder(self) -> Path:
         """See ModelSource."""
         return self._folder
+
+
+def _fetched_folder(settings: Settings, revision: str) -> Path:
+    """Where the model of an S3Source is put."""
+    return (settings.cache_dir or settings.work_dir) / "models" / revision
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

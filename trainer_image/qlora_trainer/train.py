@@ -11,7 +11,9 @@ from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
 from qlora_trainer.libraries import import_bitsandbytes, importing_much
 from qlora_trainer.metrics import Telemetry
+from qlora_trainer.model_source import weights_on_disk
 from qlora_trainer.publication import CLAIM, PublishedElsewhere
+from qlora_trainer.read_ahead import read_ahead
 from qlorajob.errors import Reason, StepError
 from qlorajob.manifest import ArtifactManifest
 from qlorajob.status import Progress
@@ -48,6 +50,7 @@ def _train(context: Context, store: RunStore) -> ArtifactManifest:
     telemetry.serve(settings.metrics_port)  # before anything is loaded, so that loading is seen as life
 
     clock = Clock(logger)
+    read_ahead(weights_on_disk(settings))  # while Python imports
     train_adapter = import_recipe()
     clock.lap("imports")
     try:
