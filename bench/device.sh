@@ -5,9 +5,9 @@ set -u
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false UNSLOTH_DISABLE_STATISTICS=1
 export PYTHONPATH=/tmp/site:.:operator:trainer_image:dev
 case "$1" in
-  setup)
+  setup)  # which compiles to bytecode too, as the trainer's image does
     test -e /tmp/site/.done && exit 0
-    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl &&
+    python3 -m pip install -q --no-index --no-deps --no-cache-dir --upgrade --target /tmp/site .whl/*.whl &&
       touch /tmp/site/.done ;;
   weights) python3 -m bench.weights take "$2" /tmp/weights ;;
   test)

@@ -2,7 +2,7 @@
 
 A model of random weights lies on local disk in 16 bit. The trainer is started as in a pod: with its files read from
 disk (`disk`) or from memory (`memory`), without compiled kernels (`no cache`) or with those of the run before it
-(`cache`).
+(`cache`). Beside it: which packages the imports spend their time on.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import argparse
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.folders import save_model, save_rows
+from bench.imports import Imports
 from bench.jobs import Ran, plan_of, run_step, spec_of
 from bench.models import SHAPES
 from qlorajob.errors import ExitCode
@@ -27,7 +29,7 @@ TARGETS = {"no cache": 25.0, "cache": 15.0}
 
 
 def main() -> None:
-    """Measure, and write startup.json and startup.md."""
+    """Measure, and write startup.json, imports.json and startup.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3-8b", choices=sorted(SHAPES))
     parser.add_argument("--length", type=int, default=2048)
@@ -40,6 +42,8 @@ def main() -> None:
     ran = run_step("prepare", spec, options.scratch / "prepare", environment=cpu)
     if ran.report.prepared is None:
         raise SystemExit(ran.report.message)
+    imports = Imports.measure()
+    print(imports.table(), flush=True)
     results = []
     for files, compiled in (("memory", "no cache"), ("memory", "cache"), ("disk", "no cache"), ("disk", "cache")):
         if compiled == "no cache":
@@ -49,7 +53,7 @@ def main() -> None:
         trained = _train(spec, ran, options, cpu)
         results.append({"start": f"{files}, {compiled}", "shape": options.shape, **_parts(trained)})
         print(json.dumps(results[-1]), flush=True)
-        _write(results, options.out)
+        _write(results, imports, options.out)
 
 
 def _spec(options: argparse.Namespace) -> QLoRAJobSpec:
@@ -116,9 +120,10 @@ def _parts(ran: Ran) -> dict[str, Any]:
     }
 
 
-def _write(results: list[dict[str, Any]], folder: Path) -> None:
+def _write(results: list[dict[str, Any]], imports: Imports, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "startup.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / "imports.json").write_text(json.dumps(asdict(imports), indent=1) + "\n", encoding="utf-8")
     parts = list(results[0]["parts"])
     lines = [
         f"| {results[0]['shape']}: files, kernels | {' | '.join(parts)} | **first step done** | target |",
@@ -129,7 +134,7 @@ def _write(results: list[dict[str, Any]], folder: Path) -> None:
         target = TARGETS[result["start"].partition(", ")[2]]
         met = f"{target:.0f} s: {'met' if result['first step done'] <= target else 'missed'}"
         lines.append(f"| {result['start']} | {seconds} | **{result['first step done']:.1f}** | {met} |")
-    (folder / "startup.md").write_text("\n".join(lines) + "\n\nSeconds.\n", encoding="utf-8")
+    (folder / "startup.md").write_text("\n".join(lines) + f"\n\nSeconds. {imports.table()}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
