@@ -2,6 +2,8 @@
 # One piece of a run on a GPU machine that nothing reaches: installs the carried wheels, runs what the arguments say.
 #   bench/device.sh setup | weights PART | test [ARGS] | one VARIANT CASE... | python ARGS
 set -u
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX=/tmp/bytecode # the first process compiles, as the image's build does
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false UNSLOTH_DISABLE_STATISTICS=1
 export PYTHONPATH=/tmp/site:.:operator:trainer_image:dev
 case "$1" in

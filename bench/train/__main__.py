@@ -2,7 +2,7 @@
 
 Every measurement is a process of its own, since what one leaves behind (patches, memory, compiled kernels) would be the
 next one's. Variants alternate within a round, rounds follow each other, and the table shows medians. While one is
-measured the next imports its libraries and waits for its turn. Results that are in --out already are gone on with.
+measured the next two import their libraries and wait for their turn. What --out holds already is gone on with.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.train.table import table
 
 VARIANTS = ("reference", "unsloth", "ours")
 DEFAULT_CASES = (
-    "8b-offload", "8b", "8b-auto", "r1-offload", "r1-auto", "r2", "r2-auto", "7b-512", "7b-512-auto", "8b-real-auto",
+    "8b-offload", "8b-auto", "r1-offload", "r1-auto", "r2", "r2-auto", "7b-512", "8b-real-auto", "8b", "7b-512-auto",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         for variant, case in _measurements(options.variants, options.cases)
         if (variant, case, number) not in done
     ]
-    with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(2) as pool:
+    with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(3) as pool:
         for result in pool.map(partial(_measure, options, turn.name), wanted):
             results.append(result)
             print(*(result.get(key) for key in ("variant", "case", "tokens_per_second", "error")), flush=True)
