@@ -57,14 +57,15 @@ class Counted:
     kept: int
     """Behind the forward pass."""
     peak: int
-    """The most of the second micro batch's forward and backward pass."""
+    """The most of the forward and backward pass."""
 
 
 def count(run: Run) -> Counted:
-    """Run two micro batches (the second finds the gradients of the first) and count the second."""
+    """Count a micro batch that finds the gradients of one before it."""
     with _loaded(run) as (model, ledger):
         base = ledger.live
-        _micro_batch(model, run, ledger)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         gradients = ledger.live - base
         kept = _micro_batch(model, run, ledger)
         return Counted(kept - base - gradients, ledger.peak - base - gradients)
