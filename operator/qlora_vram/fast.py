@@ -69,7 +69,7 @@ class FastStep:
     @property
     def graphs(self) -> bool:
         """Micro batches are replayed as CUDA graphs."""
-        return self.workload.tokens <= GRAPH_TOKENS and not self.workload.shape.offload
+        return self.workload.tokens <= GRAPH_TOKENS and not (self.workload.shape.offload or self.workload.scaled)
 
     @cached_property
     def kept(self) -> int:

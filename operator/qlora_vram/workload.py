@@ -9,6 +9,7 @@ from qlora_vram.architectures import FAMILIES
 from qlora_vram.gpus import GpuClass
 from qlora_vram.layers import Layer, detailed
 from qlorajob.plan import LinearLayers, ModelFacts
+from qlorajob.precision import NumberTypes, number_types
 from qlorajob.spec import QLoRAJobSpec
 
 Engine = Literal["plain", "fast"]
@@ -60,6 +61,10 @@ class Workload:
     """Bytes of a number in the frozen model's products."""
     autocast: bool = True
     """Mixed precision: the float32 adapter computes in 16 bit."""
+    rounded: bool = False
+    """… in another type than the frozen model, so that each weight is rounded to it once it is dequantized."""
+    scaled: bool = False
+    """fp16: gradients are scaled, by what no CUDA graph could know."""
 
     @property
     def tokens(self) -> int:
@@ -85,7 +90,7 @@ class Workload:
 def workload(spec: QLoRAJobSpec, facts: ModelFacts, gpu: GpuClass, shape: Shape, accumulation: int) -> Workload:
     """The run that `spec` asks for on `gpu`, cut as `shape` says."""
     facts = detailed(facts)
-    training, compute_dtype = spec.training, spec.quantization.compute_dtype
+    training, types = spec.training, types_on(gpu, spec)
     return Workload(
         facts=facts,
         shape=shape,
@@ -98,9 +103,16 @@ def workload(spec: QLoRAJobSpec, facts: ModelFacts, gpu: GpuClass, shape: Shape,
         packing=training.packing,
         accumulation=accumulation,
         engine=engine(spec, facts, gpu, shape),
-        compute_bytes=4 if compute_dtype == "float32" else 2,
-        autocast=training.precision != "fp32",
+        compute_bytes=4 if types.compute == "float32" else 2,
+        autocast=types.precision != "fp32",
+        rounded=types.differ,
+        scaled=types.precision == "fp16",
     )
+
+
+def types_on(gpu: GpuClass, spec: QLoRAJobSpec) -> NumberTypes:
+    """What the trainer computes in there."""
+    return number_types(spec, "bfloat16" if gpu.bf16 else "float16")
 
 
 def engine(spec: QLoRAJobSpec, facts: ModelFacts, gpu: GpuClass, shape: Shape) -> Engine:
@@ -108,6 +120,7 @@ def engine(spec: QLoRAJobSpec, facts: ModelFacts, gpu: GpuClass, shape: Shape) -
     if spec.training.backend == "unsloth":
         return "fast"
     covered = facts.model_type in FAST_FAMILIES and not facts.windowed and spec.lora.bias == "none"
+    covered = covered and types_on(gpu, spec).narrow
     return "fast" if covered and gpu.compute_capability >= FAST_CAPABILITY and shape.gpus == 1 else "plain"
 
 

@@ -138,7 +138,8 @@ class QuantizationSpec(SpecModel):
     double_quant: bool = True
     """Quantize the quantization constants too: saves 0.37 bits a weight."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of the matrix products. `auto` is bfloat16 where the GPU has it, else float16 (float32 on CPU)."""
+    """Type of the matrix products. `auto` is that of training.precision; where that is auto too, bfloat16 where the
+    GPU has it, else float16 (float32 on CPU)."""
 
 
 class LoraSpec(SpecModel):
@@ -227,7 +228,8 @@ class TrainingSpec(SpecModel):
     group_by_length: bool = False
     """Batch rows of similar length, to pad less. For runs without packing."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Mixed precision. `auto` is bf16 where the GPU has it, else fp16 (fp32 on CPU)."""
+    """Mixed precision. `auto` is that of quantization.computeDtype; where that is auto too, bf16 where the GPU has it,
+    else fp16 (fp32 on CPU). Two different types cost memory and time: every product's operands are rounded."""
     logging_steps: Annotated[int, Between(1, 1_000_000)] = 10
     """Steps between two values of the loss in logs, metrics and status."""
     save_steps: Annotated[int, Between(0, 100_000_000)] = 100

@@ -20,6 +20,7 @@ from qlora_trainer.tokenizer import load_tokenizer
 from qlora_trainer.training import make_trainer
 from qlora_vram.gpus import SHIPPED
 from qlorajob.plan import Plan
+from qlorajob.precision import NumberTypes
 from qlorajob.spec import LoraSpec
 from tests.golden.recipes import (
     BF16_GPU,
@@ -79,6 +80,7 @@ R1: list[Row] = [
     ("instruction rows", "spec.dataset.format", "instruction"),
     ("nf4", "bits.bnb_4bit_quant_type", "nf4"),
     ("compute float16", "bits.bnb_4bit_compute_dtype", FP16),
+    ("mixed precision goes with it", "arguments.fp16", True),
     ("no nested quantization", "bits.bnb_4bit_use_double_quant", False),
     ("LoRA r", "lora.r", 64),
     ("LoRA alpha", "lora.lora_alpha", 16),
@@ -180,6 +182,7 @@ R4: list[Row] = [
     ("nf4", "bits.bnb_4bit_quant_type", "nf4"),
     ("double quantization", "bits.bnb_4bit_use_double_quant", True),
     ("compute dtype, configurable", "bits.bnb_4bit_compute_dtype", FP16),
+    ("mixed precision goes with it", "arguments.fp16", True),
     ("rank, configurable", "lora.r", 8),
     ("LoRA targets: PEFT's for chatglm", "lora.target_modules", None),
     ("training rows as a file", "spec.dataset.uri", "pvc://knowledge-base/train.json"),
@@ -271,7 +274,7 @@ def test_r1_the_tokenizer_pads_on_the_right_with_the_end_of_text(job: Job, tiny_
 
 
 def test_r1_the_model_has_no_cache_and_no_tensor_parallelism(job: Job, tiny_llama: Path) -> None:
-    hardware = Hardware("cpu", FP32, "fp32", "adamw_torch")
+    hardware = Hardware("cpu", NumberTypes("float32", "fp32"), "adamw_torch")
     model = load_quantized(tiny_llama, job.settings(), hardware)
     assert (model.config.use_cache, model.config.pretraining_tp) == (False, 1)
 
@@ -282,7 +285,7 @@ def test_rows_are_padded_by_position_and_never_packed(job: Job, recipe: str, tin
     training = spec_of(recipe).to_wire()["training"] | {"maxSteps": 1, "epochs": None, "microBatchSize": "auto"}
     job.change(training=training)
     settings = job.settings()
-    hardware = Hardware("cpu", FP32, "fp32", "adamw_torch")
+    hardware = Hardware("cpu", NumberTypes("float32", "fp32"), "adamw_torch")
     tokenizer = load_tokenizer(tiny_llama, settings)
     model = add_adapter(load_quantized(tiny_llama, settings, hardware), LoraSpec())
     plan_ = settings.config.plan

@@ -13,15 +13,17 @@ import torch
 
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.plan import Plan
+from qlorajob.precision import ComputeType, NumberTypes, Precision, number_types
 from qlorajob.spec import QLoRAJobSpec
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["bf16", "fp16", "fp32"]
 ENV_DEVICE = "QLORA_DEVICE"
 """`cpu` trains on the CPU although the plan has a GPU: for test clusters whose GPUs are only labels."""
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES: dict[ComputeType, torch.dtype] = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+}  # fmt: skip
 BITSANDBYTES_OPTIMIZERS = frozenset({"paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit"})
 
 
@@ -30,10 +32,19 @@ class Hardware:
     """Decisions that depend on the machine. `degradations` say, for the report, where the manifest asked for more."""
 
     device: Literal["cuda", "cpu"]
-    compute_dtype: torch.dtype
-    precision: Precision
+    types: NumberTypes
     optimizer: str
     degradations: list[str] = field(default_factory=list)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the frozen model's products, and of what isn't in 4 bit."""
+        return DTYPES[self.types.compute]
+
+    @property
+    def precision(self) -> Precision:
+        """Mixed precision's."""
+        return self.types.precision
 
     @property
     def on_gpu(self) -> bool:
@@ -46,14 +57,10 @@ class Hardware:
         degradations: list[str] = []
         device = _device(plan, degradations)
         bf16 = device == "cuda" and plan.bf16 and torch.cuda.get_device_capability()[0] >= 8
-        best = "bfloat16" if bf16 else "float16" if device == "cuda" else "float32"
-        hardware = cls(
-            device=device,
-            compute_dtype=DTYPES[_compute_dtype(spec, best, degradations)],
-            precision=_precision(spec, {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[best], degradations),
-            optimizer=_optimizer(spec, device, degradations),
-            degradations=degradations,
-        )
+        best: ComputeType = "bfloat16" if bf16 else "float16" if device == "cuda" else "float32"
+        types = number_types(spec, best)
+        degradations += types.degradations
+        hardware = cls(device, types, _optimizer(spec, device, degradations), degradations)
         for reason in degradations:
             logger.warning(reason)
         return hardware
@@ -80,30 +87,6 @@ def _device(plan: Plan, degradations: list[str]) -> Literal["cuda", "cpu"]:
         f"plugin (on a test cluster without real GPUs, set {ENV_DEVICE}=cpu)"
     )
     raise StepError(Reason.UNSCHEDULABLE, message, field="resources.gpuClass", code=ExitCode.TRANSIENT)
-
-
-def _compute_dtype(spec: QLoRAJobSpec, best: str, degradations: list[str]) -> str:
-    asked = spec.quantization.compute_dtype
-    if asked == "auto":
-        return best
-    if asked == "bfloat16" and best == "float16":
-        degradations.append("quantization.computeDtype bfloat16 runs as float16: this GPU has no bfloat16")
-        return best
-    if asked == "float16" and best == "float32":
-        degradations.append("quantization.computeDtype float16 runs as float32: the CPU has no fast float16")
-        return best
-    return asked
-
-
-def _precision(spec: QLoRAJobSpec, best: str, degradations: list[str]) -> Precision:
-    asked = spec.training.precision
-    if asked == "bf16" and best == "fp16":
-        degradations.append("training.precision bf16 runs as fp16: this GPU has no bfloat16")
-    elif asked == "fp16" and best == "fp32":
-        degradations.append("training.precision fp16 runs as fp32: fp16 needs a GPU")
-    elif asked != "auto":
-        return asked
-    return best  # type: ignore[return-value]
 
 
 def _optimizer(spec: QLoRAJobSpec, device: str, degradations: list[str]) -> str:

@@ -53,6 +53,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(**arguments)
         self.tokens_seen = 0
         self.fast: MicroStep | None = None
+        self.pages_optimizer = False
         # TRL rounds the adapter to bfloat16. Its updates are smaller than bfloat16 resolves, and fp16's gradient
         # scaler refuses bfloat16 gradients: keep it in float32.
         for parameter in self.model.parameters():
@@ -64,6 +65,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
         No row has more than `longest` tokens.
         """
+        self.pages_optimizer = plan.offload_checkpoints
         if hardware.on_gpu:
             from qlora_trainer.fast.step import start  # needs Triton, which is where GPUs are
 
@@ -71,11 +73,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.fast = start(self.model, plan, hardware, self.accelerator.backward, tokens=tokens)
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """The optimizer, which pages its states only where they are large."""
+        """The optimizer. It pages its states only where they are large, or the plan trades time for memory anyway."""
         made = super().create_optimizer(*args, **options)
         if not self.args.use_cpu:
             let_optimizers_run_ahead()
-            keep_small_states_resident(self.optimizer, gpu_memory())
+            if not self.pages_optimizer:
+                keep_small_states_resident(self.optimizer, gpu_memory())
         return made
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:

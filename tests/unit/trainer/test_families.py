@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.model import add_adapter, load_quantized
 from qlorajob.errors import Reason, StepError
+from qlorajob.precision import NumberTypes
 from qlorajob.spec import LoraSpec
 from qlorajob.status import Prepared
 from tests.support.families import FAMILIES, Family, write_model
 from tests.unit.trainer.jobs import Job
 
 RANK = 4
-CPU = Hardware("cpu", torch.float32, "fp32", "adamw_torch")
+CPU = Hardware("cpu", NumberTypes("float32", "fp32"), "adamw_torch")
 ROUNDING = 0.01
 """What rounding each weight to bfloat16 (0.2 % on average) does to the logits of a model of two layers, at most."""
 EOS = "</s>"

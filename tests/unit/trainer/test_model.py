@@ -15,10 +15,11 @@ from qlora_trainer.model import add_adapter, describe, load_quantized, require_i
 from qlora_trainer.tokenizer import load_tokenizer
 from qlorajob.errors import Reason, StepError
 from qlorajob.plan import Plan
+from qlorajob.precision import NumberTypes
 from qlorajob.spec import QLoRAJobSpec
 from tests.unit.trainer.jobs import Job
 
-CPU = Hardware("cpu", torch.float32, "fp32", "adamw_torch")
+CPU = Hardware("cpu", NumberTypes("float32", "fp32"), "adamw_torch")
 
 
 def _load(job: Job, folder: Path) -> Any:

@@ -12,9 +12,10 @@ from qlora_trainer.hardware import Hardware
 from qlora_trainer.model import describe, load_quantized, require_isolated_documents
 from qlora_vram.architectures import FAMILIES
 from qlorajob.errors import Reason, StepError
+from qlorajob.precision import NumberTypes
 from tests.unit.trainer.jobs import Job
 
-CPU = Hardware("cpu", torch.float32, "fp32", "adamw_torch")
+CPU = Hardware("cpu", NumberTypes("float32", "fp32"), "adamw_torch")
 
 
 def a_falcon(folder: Path) -> FalconForCausalLM:

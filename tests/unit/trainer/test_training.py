@@ -13,9 +13,10 @@ from qlora_trainer.evaluation import mean_loss
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.training import _arguments, warmup_steps
 from qlorajob.errors import StepError
+from qlorajob.precision import NumberTypes
 from tests.unit.trainer.jobs import Job
 
-CPU = Hardware("cpu", torch.float32, "fp32", "adamw_torch")
+CPU = Hardware("cpu", NumberTypes("float32", "fp32"), "adamw_torch")
 
 
 def _chosen(job: Job, micro_batch: int = 1, **training: Any) -> Any:

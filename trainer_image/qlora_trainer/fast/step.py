@@ -85,7 +85,7 @@ def start(
     None, with the reason among the degradations, where it can't be taken.
     """
     try:
-        decoder = _decoder(model, plan)
+        decoder = _decoder(model, plan, hardware)
     except NotCoveredError as error:
         hardware.degrade(f"the layers run one operation at a time: {error}")
         return None
@@ -94,11 +94,13 @@ def start(
     return MicroStep(decoder, backward, graphs=graphs)
 
 
-def _decoder(model: Any, plan: Plan) -> FastDecoder:
+def _decoder(model: Any, plan: Plan, hardware: Hardware) -> FastDecoder:
     if torch.cuda.get_device_capability()[0] < 8:
         raise NotCoveredError("its attention needs a GPU of compute capability 8 or more")
     if plan.gpus > 1:
         raise NotCoveredError("it knows one GPU")
+    if not hardware.types.narrow:
+        raise NotCoveredError("quantization.computeDtype and training.precision aren't one 16-bit type")
     decoder = FastDecoder(model, plan)
     decoder.check()
     return decoder
