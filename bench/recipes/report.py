@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.recipes.cases import RECIPES
+from bench.recipes.predictions import error, measured, planned
+from qlora_vram.memory import peak
 
 HEAD = """# The five recipes, measured
 
 Each manifest of `examples/` at its model's real shape with random weights, at its own settings, through the planner and
 the trainer's own code. Memory is of one run in a process of its own: what the driver counts as used (in brackets
 torch's peaks of allocated and reserved memory), in GB of 10⁹ bytes; the step is the median, without the first.
+Predicted is what the memory model says of the longest row that there was, planned what it says of rows of
+maxSequenceLength, which is what a pod is sized by; both as of the commit that wrote this page.
 
 ```sh
 python -m bench.recipes      # on a GPU, with PYTHONPATH=.:operator:trainer_image → recipes.json and this page
@@ -38,21 +42,22 @@ def page(results: Sequence[dict[str, Any]]) -> str:
 
 def _table(results: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "| recipe | rows × tokens | path | peak GB (allocated, reserved) | predicted GB | step | samples/s | tokens/s "
-        "| the recipe's claim |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| recipe | rows × tokens | path | peak GB (allocated, reserved) | predicted GB (error) | planned GB | step "
+        "| samples/s | tokens/s | the recipe's claim |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in sorted(results, key=lambda each: each["recipe"]):
         recipe = RECIPES[result["recipe"]]
         if "error" in result:
             lines.append(f"| {recipe.name} | failed: {result['error'].strip().splitlines()[-1][:120]} |")
             continue
-        gb = {name: result[name] / 1e9 for name in ("driver", "allocated", "reserved", "predicted")}
+        gb = {name: result[name] / 1e9 for name in ("driver", "allocated", "reserved")}
+        own, whole = (peak(work).total / 1e9 for work in (measured(result), planned(result)))
         rows = f"{result['microBatch']} × {result['accumulation']} × {result['meanLength']:.0f} (≤ {result['length']})"
         lines.append(
             f"| {recipe.name}: {recipe.model.rpartition('/')[2]} | {rows} | {result['path']} "
-            f"| {gb['driver']:.1f} ({gb['allocated']:.1f}, {gb['reserved']:.1f}) | {gb['predicted']:.1f} "
-            f"| {result['stepSeconds']:.2f} s | {result['samplesPerSecond']:.1f} | {result['tokensPerSecond']:,.0f} "
-            f"| {recipe.claim} |"
+            f"| {gb['driver']:.1f} ({gb['allocated']:.1f}, {gb['reserved']:.1f}) | {own:.1f} ({error(result):+.1%}) "
+            f"| {whole:.1f} | {result['stepSeconds']:.2f} s | {result['samplesPerSecond']:.1f} "
+            f"| {result['tokensPerSecond']:,.0f} | {recipe.claim} |"
         )
     return lines

@@ -5,7 +5,7 @@
 adds new measurements to docs/results/vram/points.json, where older ones stay; writes qlora_vram's calibration.json, and
 beside the points fit.json, table.md and predicted.svg. The newest measurement of a point counts. Points of
 `points.HELD_OUT`, and those of a file that was taken with --held-out, are never fitted. --keep fits nothing: the
-shipped constants are judged.
+shipped constants are judged. The recipes' runs (docs/results/recipes.json) are fitted like points.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bench.recipes import predictions
+from bench.recipes.cases import RECIPES
 from bench.vram.plot import scatter
 from bench.vram.points import HELD_OUT, Point, outdated
 from qlora_vram import calibration
@@ -33,7 +35,7 @@ SLACKS = np.linspace(0, 0.4, 161)
 FOLDS = 5
 
 
-Use = Literal["fitted", "held out", "outdated"]
+Use = Literal["fitted", "recipe", "held out", "outdated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Measured:
     workload: Workload
     driver: int
     use: Use = "fitted"
-    """Outdated: the trainer has changed since, in what this point measures."""
+    """Outdated: the trainer has changed since, in what this point measures. A recipe is fitted, too."""
 
     def error(self, constants: Calibration) -> float:
         """Relative error of the prediction; negative where it is too small."""
@@ -60,9 +62,9 @@ def main() -> None:
     options = parser.parse_args()
     raw = merged(_committed(), (_lines(path) for path in options.files), held_out=options.held_out)
     (RESULTS / "points.json").write_text(_as_text(raw), encoding="utf-8")
-    measured = [_read(found) for found in newest(raw)]
+    measured = points()
     held_out = [each for each in measured if each.use == "held out"]
-    fitted = [each for each in measured if each.use == "fitted"]
+    fitted = [each for each in measured if each.use in ("fitted", "recipe")]
     constants = calibration.shipped() if options.keep else fit(fitted)
     crossed = cross_validate(fitted)
     summary = {
@@ -72,6 +74,7 @@ def main() -> None:
         "fitted": quality([each.error(constants) for each in fitted]),
         "crossValidated": quality(crossed),
         "heldOut": quality([each.error(constants) for each in held_out]),
+        "recipes": quality([each.error(constants) for each in measured if each.use == "recipe"]),
         "outdated": sum(each.use == "outdated" for each in measured),
     }
     shipped = {"contextBytes": constants.context_bytes, "slackShare": constants.slack_share}
@@ -83,12 +86,12 @@ def main() -> None:
     print(json.dumps(summary, indent=2))
 
 
-def fit(points: Sequence[Measured]) -> Calibration:
+def fit(measured: Sequence[Measured]) -> Calibration:
     """The constants with the least mean error that are nowhere more than UNDER too small."""
     best: tuple[float, Calibration] | None = None
-    drivers = np.array([each.driver for each in points], float)
+    drivers = np.array([each.driver for each in measured], float)
     for slack in SLACKS:
-        without = np.array([peak(each.workload, Calibration(0, float(slack))).total for each in points], float)
+        without = np.array([peak(each.workload, Calibration(0, float(slack))).total for each in measured], float)
         least = float(np.max((1 - UNDER) * drivers - without))
         for context in (least, max(least, float(np.median(drivers - without)))):
             if context < 0:
@@ -101,12 +104,12 @@ def fit(points: Sequence[Measured]) -> Calibration:
     return best[1]
 
 
-def cross_validate(points: Sequence[Measured]) -> list[float]:
+def cross_validate(measured: Sequence[Measured]) -> list[float]:
     """Errors of points that weren't in the fit, each once."""
-    folds = [list(points[number::FOLDS]) for number in range(FOLDS)]
+    folds = [list(measured[number::FOLDS]) for number in range(FOLDS)]
     errors = []
     for fold in folds:
-        constants = fit([each for each in points if each not in fold])
+        constants = fit([each for each in measured if each not in fold])
         errors += [each.error(constants) for each in fold]
     return errors
 
@@ -125,13 +128,13 @@ def quality(errors: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def table(points: Sequence[Measured], constants: Calibration) -> str:
+def table(measured: Sequence[Measured], constants: Calibration) -> str:
     """All points as a Markdown table."""
     lines = [
         "| model | rows x length | checkpointed | rank | path | driver GiB | predicted GiB | error | use |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for each in points:
+    for each in measured:
         point, work = each.point, each.workload
         how = f"{min(point.checkpointed, work.facts.layers)}/{work.facts.layers}{' offloaded' if point.offload else ''}"
         rows = f"{point.rows} x {point.length}{' packed' if point.packing else ''}"
@@ -171,6 +174,26 @@ def _committed() -> list[dict[str, Any]]:
 def _lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.startswith('{"point"')]
+
+
+def points() -> list[Measured]:
+    """All that is committed and counts."""
+    return [*(_read(found) for found in newest(_committed())), *_recipes()]
+
+
+def _recipes() -> list[Measured]:
+    """The recipes' runs, whose rows are of changing lengths: points of their longest rows."""
+    found = json.loads((RESULTS.parent / "recipes.json").read_text(encoding="utf-8"))
+    return [_recipe(result) for result in found if "error" not in result]
+
+
+def _recipe(result: dict[str, Any]) -> Measured:
+    work = predictions.measured(result)
+    model, shape = RECIPES[result["recipe"]].model, work.shape
+    point = Point(
+        model, shape.rows, work.length, shape.checkpointed_layers, shape.offload, work.rank, packing=work.packing
+    )
+    return Measured(point, work, result["driver"], "recipe")
 
 
 def _as_text(raw: Sequence[dict[str, Any]]) -> str:

@@ -9,6 +9,8 @@ Follows what autograd saves there (transformers 5.17, PEFT 0.21, bitsandbytes 0.
 - SDPA saves q, k, v, its result and a float32 for each head. With a mask it takes the memory-efficient kernel, which
   repeats grouped keys and values, and keeps the mask in 16 bit in each layer. Families without SDPA keep all scores.
 - SwiGLU saves gate, activation and up; a plain GELU its input.
+- Autocast applies to the product inside `gemm_4bit`. Where its type isn't the compute type, the dequantized weight is
+  rounded into a second tensor, forward and backward; and what is summed of both types is float32.
 tests/unit/vram/test_memory.py runs these modules and counts.
 """
 
@@ -53,7 +55,8 @@ class PlainStep:
     @cached_property
     def _wide(self) -> int:
         """Bytes of a number in the residual stream, and in the results of products that read a norm."""
-        return 4 if self._layer.layer_norm and self.workload.autocast else self.workload.compute_bytes
+        widened = self.workload.recast or (self._layer.layer_norm and self.workload.autocast)
+        return 4 if widened else self.workload.compute_bytes
 
     @cached_property
     def _attending(self) -> int:
@@ -176,6 +179,8 @@ class PlainStep:
         kept = self._kept_before_mlp + self._kept_in_mlp
         before_down = kept - self._kept_before_down + stream
         rounded = inside if self.workload.dropout and wide != self._narrow else 0
+        # Its result, and its input; a gated one's fits into the streams counted here, of which it has fewer.
+        rounded_product = layer.hidden + (0 if layer.gated else layer.inside)
         factors = (2 if layer.gated else 1) * inside
         product = self._widest_up * wide
         normed = 0 if self._shares(wide) else stream
@@ -187,7 +192,7 @@ class PlainStep:
             self._moment(before_up + 3 * product),
             # Recomputed up to the last product: its result, the residual stream and its gradient beside it, and the
             # norm's result where LoRA's A didn't save that.
-            self._moment(before_down + inside + 2 * stream + 2 * normed, down),
+            self._moment(before_down + inside + 2 * stream + 2 * normed + self._recast(rounded_product), down),
             self._moment(kept + (0 if self._keeps_product else inside) + rounded + 3 * stream + normed),
             # Backward through it: the gradients from the adapter and from the weight, then their sum, then those of
             # both factors.
@@ -230,9 +235,12 @@ class PlainStep:
         tile = min(tokens, LOSS_TOKENS) * LOSS_COLUMNS * (2 if self.workload.autocast else size)
         norm, selected = self._size(4 * hidden), self._size(self._wide * hidden)
         copies = self._rounded_adapter * self.workload.shape.checkpointed_layers  # autocast drops them after forward
+        columns, head = self.workload.facts.vocabulary, int(self._recast(hidden))
+        rounded = head * min(columns, LOSS_COLUMNS)
+        both = head * min(columns, 2 * LOSS_COLUMNS)  # backward, the last columns' copy is there as the next are made
         return (
-            Moment(working=norm + 2 * selected + copies, loss=tile),
-            Moment(working=norm + 2 * selected + self._size(4 * hidden), loss=tile),  # TRL adds up in float32
+            Moment(working=norm + 2 * selected + copies, loss=tile + rounded),
+            Moment(working=norm + 2 * selected + self._size(4 * hidden), loss=tile + both),  # TRL adds up in float32
             Moment(working=norm + 2 * selected + self._size(3 * 4 * hidden)),  # backward through the last norm
         )
 
@@ -240,11 +248,15 @@ class PlainStep:
         working = self._size(per_token) + self._pairs + self._rounded_adapter
         return Moment(working=working, dequantization=dequantization)
 
+    def _recast(self, numbers: float) -> float:
+        """Bytes of so many numbers' copies in autocast's type, where that isn't the one they are in."""
+        return self._narrow * numbers if self.workload.recast else 0
+
     def _dequantized(self, name: Role) -> int:
         """bitsandbytes' buffer for a weight, and the float32 block constants behind double quantization."""
         numbers = max((linear.inputs * linear.outputs for linear in self._linears[name]), default=0)
         constants = 4 * -(-numbers // 64) if self.workload.double_quantization else 0
-        return self.workload.compute_bytes * numbers + constants
+        return self.workload.compute_bytes * numbers + constants + int(self._recast(numbers))
 
     @cached_property
     def _linears(self) -> dict[Role, tuple[LinearLayers, ...]]:

@@ -61,8 +61,8 @@ class Workload:
     """Bytes of a number in the frozen model's products."""
     autocast: bool = True
     """Mixed precision: the float32 adapter computes in 16 bit."""
-    rounded: bool = False
-    """… in another type than the frozen model, so that each weight is rounded to it once it is dequantized."""
+    recast: bool = False
+    """Autocast rounds what the frozen model's products read, weights included, to another type than theirs."""
     scaled: bool = False
     """fp16: gradients are scaled, by what no CUDA graph could know."""
 
@@ -105,7 +105,7 @@ def workload(spec: QLoRAJobSpec, facts: ModelFacts, gpu: GpuClass, shape: Shape,
         engine=engine(spec, facts, gpu, shape),
         compute_bytes=4 if types.compute == "float32" else 2,
         autocast=types.precision != "fp32",
-        rounded=types.differ,
+        recast=types.differ,
         scaled=types.precision == "fp16",
     )
 

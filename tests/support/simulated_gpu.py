@@ -48,6 +48,8 @@ class Run:
     checkpointing: bool = False
     rank: int = 16
     targets: str | list[str] = "all-linear"
+    precision: torch.dtype = torch.bfloat16
+    """What autocast computes in. Weights are dequantized to bfloat16."""
 
 
 @dataclass
@@ -75,15 +77,16 @@ def count_kept(run: Run) -> int:
     """The same `kept` as count's, without a backward pass."""
     with _loaded(run) as (model, ledger):
         base = ledger.live
-        _, kept = _forward(model, _inputs(run), ledger)
+        _, kept = _forward(model, _inputs(run), run, ledger)
         return kept - base
 
 
 class Ledger(TorchDispatchMode):
     """Adds up the storages of all fake tensors that live."""
 
-    def __init__(self) -> None:
+    def __init__(self, precision: torch.dtype) -> None:
         super().__init__()
+        self._precision = precision
         self.live = 0
         self.peak = 0
         self._known: set[int] = set()
@@ -93,12 +96,21 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             self._see(leaf)
-        if func is torch.ops.bitsandbytes.gemm_4bit.default:
-            outputs, inputs = args[2]
-            weight = outputs * inputs * out.element_size()
-            constants = 2 * 4 * (outputs * inputs // 64)  # dequantized, and again with their offset
-            self.peak = max(self.peak, self.live + weight + constants)
-        return out
+        return self._product(args, out) if func is torch.ops.bitsandbytes.gemm_4bit.default else out
+
+    def _product(self, args: Any, out: Any) -> Any:
+        """What bitsandbytes allocates inside. Autocast sees the product of the dequantized weight, as any other."""
+        outputs, inputs = args[2]
+        weight = outputs * inputs * out.element_size()
+        constants = 4 * (outputs * inputs // 64)
+        self.peak = max(self.peak, self.live + weight + 2 * constants)  # dequantized, and again with their offset
+        if out.dtype is self._precision:
+            return out
+        result = out.to(self._precision)
+        self._see(result)
+        rounded = self._precision.itemsize * (outputs * inputs + args[0].numel())
+        self.peak = max(self.peak, self.live + weight + constants + rounded)
+        return result
 
     def _see(self, leaf: Any) -> None:
         if not isinstance(leaf, FakeTensor):
@@ -135,7 +147,7 @@ def _loaded(run: Run) -> Iterator[tuple[Any, Ledger]]:
     """The model on the simulated GPU, and nothing beside it."""
     gc.freeze()  # so that only what is made here is looked at for garbage, not all of the tests' process
     try:
-        with _simulated(run), Ledger() as ledger:
+        with _simulated(run), Ledger(run.precision) as ledger:
             model = _model(run)
             gc.collect()
             yield model, ledger
@@ -146,7 +158,7 @@ def _loaded(run: Run) -> Iterator[tuple[Any, Ledger]]:
 def _micro_batch(model: Any, run: Run, ledger: Ledger) -> int:
     """Forward and backward; returns what lived in between."""
     inputs = _inputs(run)
-    loss, kept = _forward(model, inputs, ledger)
+    loss, kept = _forward(model, inputs, run, ledger)
     loss.backward()
     return kept
 
@@ -159,10 +171,10 @@ def _inputs(run: Run) -> dict[str, Any]:
     return inputs
 
 
-def _forward(model: Any, inputs: dict[str, Any], ledger: Ledger) -> tuple[Any, int]:
+def _forward(model: Any, inputs: dict[str, Any], run: Run, ledger: Ledger) -> tuple[Any, int]:
     """The loss, and what lives then beside the inputs."""
     ledger.peak = ledger.live
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=run.precision):
         loss = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
     return loss, ledger.live - sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
 
@@ -262,7 +274,7 @@ def _attention(
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
     """As CUDA dispatches it: FlashAttention, or with a mask the memory-efficient kernel and the mask in q's type."""
-    q, k, v = (part.to(torch.bfloat16) for part in (q, k, v))  # by autocast
+    q, k, v = (part.to(torch.get_autocast_dtype("cpu")) for part in (q, k, v))  # by autocast
     if attn_mask is None:
         return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
     blocked = torch.full((), float("-inf"), dtype=q.dtype)

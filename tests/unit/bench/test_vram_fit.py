@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from bench.vram.fit import merged, newest
+import numpy as np
+import pytest
+
+from bench.vram.fit import RESULTS, Use, merged, newest, points, table
 from bench.vram.points import CODE, HELD_OUT, LLAMA2_7B, SMOL, Point, outdated
+from qlora_vram.calibration import shipped
 
 
 def _measured(point: Point, driver: int, **more: Any) -> dict[str, Any]:
@@ -42,3 +47,18 @@ def test_held_out_points_are_marked_and_stay_so() -> None:
 def test_what_was_measured_with_two_chunks_of_logits_is_outdated_where_there_were_two() -> None:
     large, small = Point(SMOL, 16, 1024).workload(), Point(LLAMA2_7B, 1, 512).workload()
     assert [outdated(work, code) for work in (large, small) for code in (1, CODE)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("use", ["fitted", "held out", "recipe"])
+def test_the_shipped_constants_keep_what_is_promised_of_what_was_measured(use: Use) -> None:
+    """Never more than 1 % under, 90 % of the points within 5 %, all within 10 %."""
+    errors = [each.error(shipped()) for each in points() if each.use == use]
+    assert min(errors) >= -0.01
+    assert np.quantile(np.abs(errors), 0.9) <= 0.05
+    assert max(errors) <= 0.1
+
+
+def test_the_results_tell_of_the_shipped_constants() -> None:
+    told = json.loads((RESULTS / "fit.json").read_text(encoding="utf-8"))
+    assert (told["contextBytes"], told["slackShare"]) == (shipped().context_bytes, shipped().slack_share)
+    assert (RESULTS / "table.md").read_text(encoding="utf-8") == table(points(), shipped())

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import bitsandbytes
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GlmConfig, GPTJConfig, GPTNeoXConfig, LlamaConfig, Phi3Config, Qwen3Config
@@ -13,14 +15,16 @@ from transformers import GlmConfig, GPTJConfig, GPTNeoXConfig, LlamaConfig, Phi3
 from qlora_vram.calibration import Calibration, shipped
 from qlora_vram.facts import model_facts
 from qlora_vram.fast import GRAPH_TOKENS, SECOND_STREAM_BYTES
+from qlora_vram.gpus import SHIPPED
 from qlora_vram.layers import detailed
 from qlora_vram.memory import bits_a_weight, disk_bytes, download_bytes, host_bytes, optimizer_bytes, peak, step_of
 from qlora_vram.plain import PlainStep
-from qlora_vram.workload import Workload
+from qlora_vram.workload import Shape, Workload
+from qlora_vram.workload import workload as workload_of
 from qlorajob.plan import LinearLayers, ModelFacts
 from tests.support import models
 from tests.support.simulated_gpu import Run, count, count_kept
-from tests.unit.vram.workloads import FACTS, llama, workload
+from tests.unit.vram.workloads import FACTS, llama, spec, workload
 
 NOTHING_BESIDE = Calibration(context_bytes=0, slack_share=0)
 """Leaves what tensors take: torch's own figure of allocated memory."""
@@ -74,6 +78,7 @@ def predicted(run: Run) -> Workload:
         dropout=run.dropout > 0,
         packing=run.masked,
         rank=run.rank,
+        recast=run.precision is not torch.bfloat16,
         targets=facts.linears
         if run.targets == "all-linear"
         else tuple(linear for linear in facts.linears if linear.name in run.targets),
@@ -127,6 +132,56 @@ def test_the_peak_without_checkpointing_is_the_counted_one(family: str) -> None:
     loss = 3 * step.kept + max(moment.total for moment in step.in_loss)
     backward = 2 * step.kept + max(moment.total for moment in step.in_layer)
     assert 0.97 <= max(loss, backward) / count(run).peak <= 1.07
+
+
+RECAST = {"precision": torch.float16}
+"""Autocast computes in another type than that to which weights are dequantized."""
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("llama", {}), ("gpt_neox", {}), ("gpt_neox", {"dropout": 0.05, "masked": True}), ("phi3", {}), ("narrow", {})],
+)
+def test_a_step_in_two_types_keeps_and_peaks_as_counted(family: str, variant: dict[str, Any]) -> None:
+    """Each dequantized weight is there in both; and the sum of a product and its adapter's is as wide as float32."""
+    two, three = (rows_for(Run(with_layers(family, layers), **RECAST, **variant)) for layers in (2, 3))
+    counted = count_kept(three) - count_kept(two)
+    assert PlainStep(predicted(two), masked=two.masked).kept == pytest.approx(counted, rel=0.02)
+    run = replace(three, checkpointing=True)
+    step = step_of(predicted(run))
+    moments = max(moment.total for moment in (*step.in_layer, *step.in_loss))
+    assert 0.97 <= (step.checkpoint * 3 + moments) / count(run).peak <= 1.07
+
+
+def test_autocast_rounds_weights_that_bitsandbytes_dequantized_to_another_type() -> None:
+    """The product, run for real, is of autocast's type: so are the tensors that went into it."""
+    linear = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    inputs = torch.ones(8, 128, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        product = bitsandbytes.matmul_4bit(inputs, linear.weight, quant_state=linear.weight.quant_state)
+    assert product.dtype is torch.float16
+
+
+@pytest.mark.parametrize(
+    ("compute", "precision", "gpu", "recast"),
+    [
+        ("auto", "auto", "H100", False),
+        ("bfloat16", "fp16", "H100", True),
+        ("auto", "fp16", "H100", True),
+        ("float16", "auto", "H100", True),
+        ("float16", "fp16", "H100", False),
+        ("float32", "auto", "H100", True),
+        ("bfloat16", "fp32", "H100", False),
+        ("bfloat16", "fp16", "T4", False),
+        ("auto", "bf16", "T4", False),
+    ],
+)
+def test_two_types_are_what_the_trainer_makes_of_the_manifest_on_this_gpu(
+    compute: str, precision: str, gpu: str, recast: bool
+) -> None:
+    job = spec(quantization={"computeDtype": compute}, training={"precision": precision})
+    on = next(each for each in SHIPPED if each.name == gpu)
+    assert workload_of(job, models.facts("Llama-2-7B"), on, Shape(1, 32), 1).recast is recast
 
 
 # Published figures
@@ -259,7 +314,7 @@ def test_the_shipped_constants_are_plausible() -> None:
 # Properties
 
 WORKLOADS = st.builds(
-    lambda facts, rows, length, rank, share, dropout, packing, engine: workload(
+    lambda facts, rows, length, rank, share, dropout, packing, engine, recast: workload(
         facts,
         rows,
         length,
@@ -268,6 +323,7 @@ WORKLOADS = st.builds(
         dropout=dropout,
         packing=packing,
         engine=engine,
+        recast=recast,
     ),
     FACTS,
     st.integers(1, 64),
@@ -277,6 +333,7 @@ WORKLOADS = st.builds(
     st.booleans(),
     st.booleans(),
     st.sampled_from(["plain", "fast"]),
+    st.booleans(),
 )
 
 

@@ -179,6 +179,7 @@ def test_another_trainer_says_nothing() -> None:
         {"engine": "plain"},
         {"compute_bytes": 4},
         {"autocast": False},
+        {"recast": True},
         {"targets": ()},
         {"facts": detailed(models.facts("Mistral-7B"))},
     ],

@@ -1,0 +1,44 @@
+"""What the memory model says of the measured recipes: for their own rows, and for those that a plan has to hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from bench.recipes.cases import RECIPES
+from qlora_vram.calibration import Calibration
+from qlora_vram.facts import model_facts
+from qlora_vram.gpus import SHIPPED
+from qlora_vram.memory import peak
+from qlora_vram.outcome import DoesNotFit
+from qlora_vram.planner import plan
+from qlora_vram.workload import Shape, Workload, workload
+
+GPU = next(gpu for gpu in SHIPPED if gpu.name == "H100")
+
+
+def planned(result: dict[str, Any]) -> Workload:
+    """The run as it was cut, its rows as long as maxSequenceLength."""
+    recipe = RECIPES[result["recipe"]]
+    spec, facts = recipe.spec(result["steps"]), model_facts(recipe.shape())
+    found = plan(spec, facts, (GPU,)) if facts else None
+    if facts is None or found is None or isinstance(found, DoesNotFit):
+        raise LookupError(f"{recipe.name} has no plan")
+    layers = result.get("checkpointed", found.checkpointed_layers)
+    shape = Shape(result["microBatch"], layers, offload=found.offload_checkpoints)
+    return replace(workload(spec, facts, GPU, shape, result["accumulation"]), engine=result["path"])
+
+
+def measured(result: dict[str, Any]) -> Workload:
+    """The run with its own rows: the longest one makes the peak."""
+    work = planned(result)
+    if work.packing:
+        return work
+    rows = result["steps"] * result["microBatch"] * result["accumulation"]
+    lengths = RECIPES[result["recipe"]].lengths(rows, work.length, full=result["lengths"] == "full")
+    return replace(work, length=max(lengths))
+
+
+def error(result: dict[str, Any], constants: Calibration | None = None) -> float:
+    """Relative error of the prediction for a measured run; negative where it is too small."""
+    return peak(measured(result), constants).total / int(result["driver"]) - 1
