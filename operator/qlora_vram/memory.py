@@ -57,12 +57,13 @@ class Breakdown:
 
 def peak(workload: Workload, calibration: Calibration | None = None) -> Breakdown:
     """The peak of GPU memory on each GPU of a run. Never less with more rows, tokens, rank or parameters."""
-    found = _peak(workload, calibration or shipped())
+    constants = calibration or shipped()
+    found = _peak(workload, constants)
     if workload.engine == "plain" or workload.tokens <= GRAPH_TOKENS or workload.scaled:
         return found
     # Graphs end where micro batches are large, and what they take ends with them. A little more work never takes less.
     largest_graph = replace(workload, length=GRAPH_TOKENS, shape=replace(workload.shape, rows=1))
-    return max(found, _peak(largest_graph, calibration or shipped()), key=lambda each: each.total)
+    return max(found, _peak(largest_graph, constants), key=lambda each: each.total)
 
 
 def _peak(workload: Workload, calibration: Calibration) -> Breakdown:
