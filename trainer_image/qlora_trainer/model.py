@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.hardware import Hardware
+from qlora_trainer.packing import packing_refused
 from qlora_trainer.quirks import let_falcon_be_quantized
 from qlora_trainer.settings import Settings
 from qlora_trainer.tokenizer import trusts_remote_code
@@ -105,8 +106,7 @@ def require_isolated_documents(model: Any) -> None:
         isolated = False
     model.train(training)
     if not isolated:
-        message = "training.packing: packed rows would see each other in this model; set training.packing: false"
-        raise StepError(Reason.UNSUPPORTED, message, field="training.packing")
+        raise packing_refused()
 
 
 def _second_logits(model: Any, *, first_token: int, length: int = 8) -> torch.Tensor:

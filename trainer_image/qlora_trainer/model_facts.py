@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from qlora_trainer.libraries import import_transformers
 from qlora_trainer.model_source import ModelSource
+from qlora_trainer.packing import packing_refused
 from qlora_trainer.settings import Settings
 from qlora_trainer.tokenizer import trusts_remote_code
 from qlora_vram.facts import Blueprint, InvalidConfigError, blueprint
@@ -96,11 +97,7 @@ def _check_remote_code(raw: dict[str, Any], settings: Settings) -> None:
         )
         raise StepError(Reason.REMOTE_CODE_REFUSED, message, field=field)
     if spec.training.packing:
-        message = (
-            "training.packing: a model with its own code may let packed rows see each other; "
-            "set training.packing: false for it"
-        )
-        raise StepError(Reason.UNSUPPORTED, message, field="training.packing")
+        raise packing_refused("a model with its own code may let packed rows see each other")
 
 
 def _load_config(folder: Path, settings: Settings) -> Any:
@@ -155,8 +152,7 @@ def _check_target_modules(model: Outline, model_type: str, spec: QLoRAJobSpec) -
 def _check_packing(model: Outline, spec: QLoRAJobSpec) -> None:
     """Refuse here what is known. Of other models train finds out, before its first step."""
     if spec.training.packing and isinstance(model, Blueprint) and not model.family.packs:
-        message = "training.packing: packed rows would see each other in this model; set training.packing: false"
-        raise StepError(Reason.UNSUPPORTED, message, field="training.packing")
+        raise packing_refused()
 
 
 def _has_default_targets(model: Outline, model_type: str) -> bool:

@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from qlorajob.errors import Reason, StepError
+
+FIELD = "training.packing"
+
+
+def packing_refused(why: str = "packed rows would see each other in this model") -> StepError:
+    """The error that says so to the user."""
+    return StepError(Reason.UNSUPPORTED, f"{FIELD}: {why}; set {FIELD}: false", field=FIELD)
+
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of the documents in each sequence, none longer than `capacity`. The same input gives the same output.
