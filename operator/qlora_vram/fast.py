@@ -23,7 +23,11 @@ LOGIT_BYTES: Final = 256 * 2**20
 LOGIT_ROWS: Final = 64
 """… in a multiple of so many tokens."""
 GRAPH_TOKENS: Final = 4096
-"""Runs whose micro batches have at most so many tokens replay them as CUDA graphs (`fast.step`)."""
+"""Micro batches of at most so many tokens are launch-bound: a layer's kernels run faster than Python starts them.
+
+Runs all of whose micro batches are so small replay them as CUDA graphs (`fast.step` takes this number from here): a
+graph's memory is its own, and a large micro batch, run eagerly, would come on top.
+"""
 SECOND_STREAM_BYTES: Final = 80_000_000
 """What the driver counts for a CUDA graph, or for copies to and from the host beside the work (measured: 78 to 103 MB,
 whatever the model's size)."""

@@ -17,7 +17,8 @@ Engine = Literal["plain", "fast"]
 Strategy = Literal["single", "ddp", "fsdp"]
 
 LENGTH_MULTIPLE: Final = 64
-"""On a GPU, rows are filled up to a multiple of this (`qlora_trainer.training`)."""
+"""On a GPU rows are filled up to a multiple of this: what its matrix units work in, and few different shapes. The
+trainer takes the number from here."""
 FAST_FAMILIES: Final = frozenset({"llama", "mistral", "qwen2"})
 """Model types that `qlora_trainer.fast.decoder` knows."""
 FAST_CAPABILITY: Final = 8.0

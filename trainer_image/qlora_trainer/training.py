@@ -19,14 +19,12 @@ from qlora_trainer.evaluation import mean_loss
 from qlora_trainer.fast.checkpointing import checkpoint_layers
 from qlora_trainer.fast.optimizer import gpu_memory, keep_small_states_resident, let_optimizers_run_ahead
 from qlora_trainer.hardware import Hardware
+from qlora_vram.workload import LENGTH_MULTIPLE
 from qlorajob.plan import Plan
 from qlorajob.spec import QLoRAJobSpec
 
 if TYPE_CHECKING:
     from qlora_trainer.fast.step import MicroStep
-
-LENGTH_MULTIPLE = 64
-"""On a GPU rows are filled up to a multiple of this: what its matrix units work in, and few different shapes."""
 
 
 class SimilarLengths(LengthGroupedSampler):  # type: ignore[misc]

@@ -13,13 +13,9 @@ from qlora_trainer.batches import DOCUMENT_ENDS, LONGEST_DOCUMENT
 from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.decoder import FastDecoder, NotCoveredError
 from qlora_trainer.hardware import Hardware
+from qlora_vram.fast import GRAPH_TOKENS
 from qlorajob.plan import Plan
 
-GRAPH_TOKENS = 4096
-"""Micro batches of at most so many tokens are launch-bound: a layer's kernels run faster than Python starts them.
-
-Graphs are for runs without larger ones: their memory is their own, and a large one, run eagerly, would come on top.
-"""
 MAX_GRAPHS = 8
 """Shapes that get a graph. Each keeps its activations' memory, which they share."""
 
