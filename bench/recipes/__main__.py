@@ -28,13 +28,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--limit", type=int, default=150, help="seconds a measurement may take")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU too: to try the command")
-    parser.add_argument("--missing", action="store_true", help="measure only what recipes.json hasn't")
+    parser.add_argument("--missing", action="store_true", help="measure only what recipes.json hasn't, or no more")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "recipes.json"
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    there = {(each["recipe"], each["lengths"]) for each in found if options.missing and "error" not in each}
+    counts = [each for each in found if options.missing and not {"error", "outdated"} & each.keys()]
+    there = {(each["recipe"], each["lengths"]) for each in counts}
     for full in (False, True):
         for name in options.recipes:
             if (name, "full" if full else "recipe") in there:

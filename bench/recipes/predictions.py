@@ -13,6 +13,7 @@ from qlora_vram.memory import peak
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import plan
 from qlora_vram.workload import Shape, Workload, workload
+from qlorajob.precision import NumberTypes
 
 GPU = next(gpu for gpu in SHIPPED if gpu.name == "H100")
 
@@ -26,7 +27,9 @@ def planned(result: dict[str, Any]) -> Workload:
         raise LookupError(f"{recipe.name} has no plan")
     layers = result.get("checkpointed", found.checkpointed_layers)
     shape = Shape(result["microBatch"], layers, offload=found.offload_checkpoints)
-    return replace(workload(spec, facts, GPU, shape, result["accumulation"]), engine=result["path"])
+    work = workload(spec, facts, GPU, shape, result["accumulation"])
+    types = NumberTypes(result["computeType"], result["precision"])
+    return replace(work, engine=result["path"], recast=types.differ, scaled=types.precision == "fp16")
 
 
 def measured(result: dict[str, Any]) -> Workload:

@@ -60,4 +60,5 @@ def _table(results: Sequence[dict[str, Any]]) -> list[str]:
             f"| {whole:.1f} | {result['stepSeconds']:.2f} s | {result['samplesPerSecond']:.1f} "
             f"| {result['tokensPerSecond']:,.0f} | {recipe.claim} |"
         )
-    return lines
+    marked = [result for result in results if "outdated" in result]
+    return [*lines, "", *(f"- {result['recipe']}: outdated. {result['outdated']}" for result in marked)]

@@ -33,6 +33,8 @@ ADAPTER: Final = 4
 """The trainer keeps the adapter, and so its gradients, in float32."""
 FOREACH_SHARE: Final = 1.4
 """torch's AdamW takes the roots of all states at once; no block that was free before has their sizes (measured)."""
+RECAST_SLACK: Final = 0.1
+"""More of what comes and goes is lost where tensors of two widths take turns (measured on recipe r4)."""
 PROCESS_BYTES: Final = 4 * GIB
 """Host memory of a training process: Python, torch, CUDA, and the data."""
 FILE_CACHE_BYTES: Final = 12 * GIB
@@ -59,9 +61,9 @@ def peak(workload: Workload, calibration: Calibration | None = None) -> Breakdow
     """The peak of GPU memory on each GPU of a run. Never less with more rows, tokens, rank or parameters."""
     constants = calibration or shipped()
     found = _peak(workload, constants)
-    if workload.engine == "plain" or workload.tokens <= GRAPH_TOKENS or workload.scaled:
+    if workload.engine == "plain" or workload.tokens <= GRAPH_TOKENS:
         return found
-    # Graphs end where micro batches are large, and what they take ends with them. A little more work never takes less.
+    # What small micro batches take beside their tensors ends where they are large. A little more work never takes less.
     largest_graph = replace(workload, length=GRAPH_TOKENS, shape=replace(workload.shape, rows=1))
     return max(found, _peak(largest_graph, constants), key=lambda each: each.total)
 
@@ -72,7 +74,8 @@ def _peak(workload: Workload, calibration: Calibration) -> Breakdown:
     # The first of equals: phases come in the order in which they happen.
     phase, largest = max(phases, key=lambda found: sum(found[1].values()))
     components = _static(workload, steps[0])
-    for name, size in _with_slack(largest, calibration).items():
+    share = calibration.slack_share + (RECAST_SLACK if workload.recast else 0)
+    for name, size in _with_slack(largest, share).items():
         components[name] = components.get(name, 0) + size
     context = components.pop("context", 0) + calibration.context_bytes
     components |= {"slack": components.pop("slack"), "context": context}
@@ -102,6 +105,7 @@ def _static(workload: Workload, step: Step) -> dict[str, int]:
     wide = workload.compute_bytes * max(0, facts.parameters - quantized)
     standing = step.standing
     adapter = workload.adapter_parameters
+    standing["slack"] = standing.get("slack", 0) + _between_what_stays(workload)
     components = {
         "quantizedWeights": int(quantized * bits_a_weight(workload.double_quantization) / 8) // share,
         "weights16Bit": wide // share,
@@ -115,6 +119,19 @@ def _static(workload: Workload, step: Step) -> dict[str, int]:
     if workload.shape.strategy == "fsdp":
         components["communication"] = 2 * _largest_unit(workload)  # one in use, one on its way
     return components
+
+
+def _between_what_stays(workload: Workload) -> int:
+    """What the allocator holds between tensors that came while activations lay around them, and can't use again.
+
+    Measured on the fast path, as what torch reserves beyond what it allocates: where micro batches are small, as much
+    as the states that bitsandbytes makes after the first of them; and with scaled gradients twice those.
+    """
+    if workload.engine == "plain":
+        return 0
+    small = workload.tokens <= GRAPH_TOKENS and not workload.shape.offload and workload.optimizer.endswith("bit")
+    states = optimizer_bytes(workload) if small else 0
+    return states + (2 * GRADIENT * workload.adapter_parameters if workload.scaled else 0)
 
 
 def _phases(workload: Workload, step: Step) -> Iterator[tuple[Phase, dict[str, int]]]:
@@ -140,8 +157,8 @@ def _components(moment: Moment, checkpoints: int, kept: int) -> dict[str, int]:
     }
 
 
-def _with_slack(components: Mapping[str, int], calibration: Calibration) -> dict[str, int]:
-    return {**components, "slack": int(calibration.slack_share * sum(components.values()))}
+def _with_slack(components: Mapping[str, int], share: float) -> dict[str, int]:
+    return {**components, "slack": int(share * sum(components.values()))}
 
 
 def bits_a_weight(double_quantization: bool) -> float:

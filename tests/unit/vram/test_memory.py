@@ -17,7 +17,16 @@ from qlora_vram.facts import model_facts
 from qlora_vram.fast import GRAPH_TOKENS, SECOND_STREAM_BYTES
 from qlora_vram.gpus import SHIPPED
 from qlora_vram.layers import detailed
-from qlora_vram.memory import bits_a_weight, disk_bytes, download_bytes, host_bytes, optimizer_bytes, peak, step_of
+from qlora_vram.memory import (
+    RECAST_SLACK,
+    bits_a_weight,
+    disk_bytes,
+    download_bytes,
+    host_bytes,
+    optimizer_bytes,
+    peak,
+    step_of,
+)  # fmt: skip
 from qlora_vram.plain import PlainStep
 from qlora_vram.workload import Shape, Workload
 from qlora_vram.workload import workload as workload_of
@@ -167,10 +176,11 @@ def test_autocast_rounds_weights_that_bitsandbytes_dequantized_to_another_type()
     [
         ("auto", "auto", "H100", False),
         ("bfloat16", "fp16", "H100", True),
-        ("auto", "fp16", "H100", True),
-        ("float16", "auto", "H100", True),
+        ("auto", "fp16", "H100", False),
+        ("float16", "auto", "H100", False),
         ("float16", "fp16", "H100", False),
-        ("float32", "auto", "H100", True),
+        ("float32", "auto", "H100", False),
+        ("float32", "bf16", "H100", True),
         ("bfloat16", "fp32", "H100", False),
         ("bfloat16", "fp16", "T4", False),
         ("auto", "bf16", "T4", False),
@@ -383,7 +393,8 @@ def test_a_checkpointed_layer_never_takes_more_but_for_the_last(work: Workload) 
         for layers in (0, (work.facts.layers - 1) // 2, work.facts.layers - 1, work.facts.layers)
     ]
     assert peaks[:-1] == sorted(peaks[:-1], reverse=True)
-    assert peaks[-1] <= peaks[-2] + 1.1 * step_of(work).checkpoint + GIB // 64  # the last layer's own
+    share = 1 + shipped().slack_share + RECAST_SLACK
+    assert peaks[-1] <= peaks[-2] + share * step_of(work).checkpoint + GIB // 64  # the last layer's own
 
 
 @given(FACTS)
