@@ -19,12 +19,15 @@ from qlora_trainer.evaluation import mean_loss
 from qlora_trainer.fast.checkpointing import checkpoint_layers
 from qlora_trainer.fast.optimizer import gpu_memory, keep_small_states_resident, let_optimizers_run_ahead
 from qlora_trainer.hardware import Hardware
-from qlora_vram.workload import LENGTH_MULTIPLE
+from qlora_trainer.shapes import Shapes
 from qlorajob.plan import Plan
 from qlorajob.spec import QLoRAJobSpec
 
 if TYPE_CHECKING:
     from qlora_trainer.fast.step import MicroStep
+
+SPARE = 1.05
+"""How much more than planned torch may hold before it gives back what it doesn't use."""
 
 
 class SimilarLengths(LengthGroupedSampler):  # type: ignore[misc]
@@ -52,23 +55,21 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.tokens_seen = 0
         self.fast: MicroStep | None = None
         self.pages_optimizer = False
+        self.reservable: int | None = None
         # TRL rounds the adapter to bfloat16. Its updates are smaller than bfloat16 resolves, and fp16's gradient
         # scaler refuses bfloat16 gradients: keep it in float32.
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
 
-    def use_fast_path(self, plan: Plan, hardware: Hardware, *, longest: int) -> None:
-        """Compute the training steps on the fast path, where model and machine allow it. It is made for GPUs.
-
-        No row has more than `longest` tokens.
-        """
+    def use_fast_path(self, plan: Plan, hardware: Hardware, shapes: Shapes) -> None:
+        """Compute the training steps on the fast path, where model and machine allow it. It is made for GPUs."""
         self.pages_optimizer = plan.offload_checkpoints
         if hardware.on_gpu:
             from qlora_trainer.fast.step import start  # needs Triton, which is where GPUs are
 
-            tokens = plan.micro_batch_size * -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-            self.fast = start(self.model, plan, hardware, self.accelerator.backward, tokens=tokens)
+            self.fast = start(self.model, plan, hardware, self.accelerator.backward, replayable=shapes.replayable)
+            self.reservable = None if shapes.steady else reservable(plan)
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """The optimizer. It pages its states only where they are large, or the plan trades time for memory anyway."""
@@ -82,6 +83,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro batch."""
         self.tokens_seen += inputs[TOKEN_COUNT]
+        if self.reservable is not None and torch.cuda.memory_reserved() > self.reservable:
+            torch.cuda.empty_cache()  # blocks of other shapes' sizes, of which this one may find no use
         if self.fast is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
         return self.fast(self._prepare_inputs(inputs), num_items_in_batch)
@@ -145,6 +148,7 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     """The trainer for a run. The data come tokenised and packed, so TRL's own preparation is skipped."""
+    shapes = shapes_of(spec, plan, data)
     trainer = Trainer(
         model=model,
         args=_arguments(spec, plan, hardware, total_steps, folder, evaluates=_evaluates_while_training(spec, data)),
@@ -152,16 +156,30 @@ def make_trainer(
         eval_dataset=as_dataset(data.validation, folder) if data.validation else None,
         processing_class=tokenizer,
         data_collator=Collator(
-            tokenizer.pad_token_id, packed=spec.training.packing, multiple=LENGTH_MULTIPLE if hardware.on_gpu else 1
+            tokenizer.pad_token_id, packed=spec.training.packing, multiple=shapes.multiple if hardware.on_gpu else 1
         ),
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    longest = spec.training.max_sequence_length if spec.training.packing else int(data.train.lengths.max())
-    trainer.use_fast_path(plan, hardware, longest=longest)
+    trainer.use_fast_path(plan, hardware, shapes)
     if trainer.fast is None:
         hardware.degrade(checkpoint_layers(model, plan))
     return trainer
+
+
+def shapes_of(spec: QLoRAJobSpec, plan: Plan, data: TrainingData) -> Shapes:
+    """Of the run's micro batches, those of the evaluation included."""
+    lengths = set(data.train.sequence_lengths.tolist())
+    if data.validation:
+        lengths |= set(data.validation.sequence_lengths.tolist())
+    return Shapes.of(plan.micro_batch_size, lengths, spec.training.max_sequence_length, packed=spec.training.packing)
+
+
+def reservable(plan: Plan) -> int | None:
+    """Bytes that torch may hold between two micro batches: a little more than planned. None: as many as it likes."""
+    if "context" not in plan.breakdown:
+        return None
+    return int(SPARE * (plan.predicted_peak_bytes - plan.breakdown["context"]))
 
 
 def seed_everything(seed: int) -> None:
