@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from qlora_trainer import hub
+from qlora_trainer.patience import open_input
 from qlora_trainer.settings import Settings
-from qlora_trainer.storage import Storage, StoredObject, open_storage
+from qlora_trainer.storage import StoredObject
 from qlora_trainer.uris import HubRepo, hub_repo, is_hub, is_s3, local_path
 from qlorajob.errors import Reason, StepError
 from qlorajob.identity import digest
@@ -123,7 +124,7 @@ class S3Source:
 
     def __init__(self, settings: Settings, revision: str | None) -> None:
         uri = settings.spec.model.uri
-        self._storage: Storage = open_storage(uri, settings.spec.output, field=FIELD)
+        self._storage = open_input(uri, settings, field=FIELD)
         objects = {item.key: item for item in self._storage.list()}
         if not objects:
             raise StepError(Reason.MODEL_NOT_FOUND, f"{FIELD}: there is nothing at {uri}", field=FIELD)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from qlora_trainer.settings import Settings
 from qlora_trainer.signals import StopSignal
-from qlora_trainer.storage import Storage, StoredObject
+from qlora_trainer.storage import Storage, StoredObject, open_storage
 from qlorajob.errors import ExitCode, Reason, StepError
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,24 @@ T = TypeVar("T")
 
 PATIENCE = 300.0
 """Seconds that a failing request is repeated. A new pod loads the model again, which takes minutes, too."""
+ANSWERED_PATIENCE = 60.0
+"""The same, before there is a run to lose, of a server that answers, but not now. Where nobody answers, the user learns
+it at once."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 LOOK = 0.5
 """Seconds between two looks at whether a stop was asked for."""
 
 _jitter = random.Random()  # noqa: S311 - not the generator that training draws from
+
+
+def open_input(uri: str, settings: Settings, *, field: str) -> Storage:
+    """The S3 that a model or data are read from. A stop interrupts the waiting: reading them is never deferred."""
+    return while_it_answers(open_storage(uri, settings.spec.output, field=field), StopSignal())
+
+
+def while_it_answers(storage: Storage, stop: StopSignal) -> PatientStorage:
+    """Waits for a server that answers, but not now."""
+    return PatientStorage(storage, stop, seconds=ANSWERED_PATIENCE, reasons={Reason.STORAGE_UNAVAILABLE})
 
 
 class PatientStorage:

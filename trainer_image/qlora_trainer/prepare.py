@@ -15,7 +15,7 @@ from qlora_trainer.context import Context
 from qlora_trainer.data import load_data
 from qlora_trainer.model_facts import inspect_model
 from qlora_trainer.model_source import open_model
-from qlora_trainer.patience import PatientStorage
+from qlora_trainer.patience import while_it_answers
 from qlora_trainer.tokenizer import load_tokenizer, trusts_remote_code
 from qlorajob import identity
 from qlorajob.errors import Reason, StepError
@@ -24,9 +24,6 @@ from qlorajob.status import Prepared
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 60.0
-"""Seconds that a server which answers, but not now, is waited for. Where nobody answers, the user learns it at once."""
-
 
 def run(context: Context) -> None:
     """Prepare a run."""
@@ -34,7 +31,7 @@ def run(context: Context) -> None:
     refuse_unsupported(spec)
     clock = Clock(logger)
 
-    output = PatientStorage(open_output(settings), context.stop, seconds=PATIENCE, reasons={Reason.STORAGE_UNAVAILABLE})
+    output = while_it_answers(open_output(settings), context.stop)
     check_output(output)
     clock.lap("output")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from qlora_trainer import hub
+from qlora_trainer.patience import open_input
 from qlora_trainer.rows import DATA_FILES, Row, is_data_file, read_file
 from qlora_trainer.settings import Settings
-from qlora_trainer.storage import open_storage
 from qlora_trainer.uris import hub_repo, is_hub, is_s3, local_path
 from qlorajob.errors import Reason, StepError
 from qlorajob.identity import digest
@@ -100,7 +100,7 @@ def _fetch(uri: str, settings: Settings, field: str) -> Path:
     target = settings.folder("dataset") / hashlib.sha256(uri.encode()).hexdigest()[:16]
     parent, _, name = uri.rstrip("/").rpartition("/")
     single = is_data_file(name)
-    storage = open_storage(parent if single else uri, settings.spec.output, field=field)
+    storage = open_input(parent if single else uri, settings, field=field)
     keys = [item.key for item in storage.list(name if single else "")]
     chosen: Sequence[str] = [key for key in keys if (key == name if single else is_data_file(key))]
     if not chosen:

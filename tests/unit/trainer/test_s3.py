@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from qlora_trainer import patience
+from qlora_trainer.s3 import client
 from qlora_trainer.storage import Storage, open_storage
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.manifest import ArtifactManifest
+from tests.support.faulty_s3 import FaultyS3, error
 from tests.unit.trainer.gateway import Gateway
 from tests.unit.trainer.jobs import Job
 
@@ -113,3 +116,28 @@ def test_wrong_credentials_are_named(s3_job: Job, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(StepError) as refused:
         s3_job.prepare()
     assert (refused.value.reason, refused.value.field) == (Reason.ACCESS_DENIED, "output.credentialsSecretRef")
+
+
+@pytest.mark.parametrize("folder", ["models", "data"])
+def test_a_server_that_answers_but_not_now_is_waited_for_when_model_and_data_are_read(
+    s3_job: Job, faulty: FaultyS3, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "ATTEMPTS", 1)  # else botocore's own pauses take seconds
+    throttled = [faulty.inject(error(503, "SlowDown"), request, times=3) for request in _reading(folder)]
+    job = s3_job.change(output={"endpoint": faulty.endpoint})
+    assert job.prepare().train_rows == 43
+    assert [rule.hits for rule in throttled] == [3, 3]
+
+
+@pytest.mark.parametrize("folder", ["models", "data"])
+def test_a_model_or_data_that_may_not_be_read_are_not_waited_for(s3_job: Job, faulty: FaultyS3, folder: str) -> None:
+    denied = faulty.inject(error(403, "AccessDenied"), _reading(folder)[0])
+    with pytest.raises(StepError, match="AccessDenied"):
+        s3_job.change(output={"endpoint": faulty.endpoint}).prepare()
+    assert denied.hits == 1
+
+
+def _reading(folder: str) -> tuple[str, str]:
+    """Requests that list a folder, and that read one of its objects."""
+    return f"^GET .*prefix={folder}", f"^GET /[^?]*/{folder}/"
