@@ -58,6 +58,8 @@ class OperatorConfig(ConfigModel):
     """Beside those that nodes tell of, such as autoscaled pools at zero. They win over others of their name."""
     minimum_compute_capability: Annotated[float, Field(ge=1)] = MINIMUM_CAPABILITY
     """Older GPUs aren't planned with: the trainer image's torch isn't compiled for them."""
+    learning: bool = True
+    """Whether what finished runs took is kept and corrects later plans."""
     progress_interval_seconds: Annotated[float, Field(ge=0.2)] = 5.0
     """Time between two looks at the progress of each training pod."""
     retry_backoff_seconds: Annotated[float, Field(gt=0)] = 1.0

@@ -15,8 +15,6 @@ from typing import Final, Protocol
 from qlora_operator.api import ApiError
 from qlora_vram.observations import Observation, Observations
 
-ENV_NAMESPACE: Final = "QLORA_OBSERVATIONS_NAMESPACE"
-"""Namespace of the ConfigMap; without it nothing is learned."""
 CONFIG_MAP: Final = "qlora-observations"
 REREAD_SECONDS: Final = 300.0
 """Another operator's observations are seen within this time."""

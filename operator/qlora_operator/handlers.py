@@ -22,7 +22,7 @@ from qlora_operator.api import Api, ApiError
 from qlora_operator.config import OperatorConfig
 from qlora_operator.controller import Controller
 from qlora_operator.election import Leadership, lead
-from qlora_operator.experience import ENV_NAMESPACE, Experience
+from qlora_operator.experience import Experience
 from qlora_operator.inventory import Inventory
 from qlora_operator.metrics import METRICS_PORT, Metrics, NamespacePhase
 from qlora_operator.progress import Poller
@@ -30,8 +30,10 @@ from qlora_operator.store import Key, Raw, Store
 from qlora_operator.workqueue import WorkQueue
 from qlorajob import names
 
-ENV_LEASE, ENV_LEASE_NAMESPACE, ENV_POD = "QLORA_LEASE", "QLORA_LEASE_NAMESPACE", "QLORA_POD"
-"""Name and namespace of the Lease that the acting operator holds, and the name of this one's pod."""
+ENV_NAMESPACE, ENV_POD = "QLORA_NAMESPACE", "QLORA_POD"
+"""The operator's own namespace, where its Lease and its observations are, and its pod. Without it there is neither."""
+ENV_LEASE = "QLORA_LEASE"
+"""Name of the Lease that the acting operator holds."""
 ENV_METRICS_PORT = "QLORA_OPERATOR_METRICS_PORT"
 """Where METRICS_PORT isn't free."""
 CHATTY_LOGGERS = ("kopf.objects", "kopf.activities.probe", "aiohttp.access")
@@ -52,7 +54,8 @@ class Runtime:
         self.metrics = Metrics(lambda: phases(store) if self._leads() else [])
         self.metrics.leader.set_function(self._leads)
         self.poller = Poller(store, self.metrics, self._changed, config.progress_interval_seconds)
-        experience = Experience(api, os.environ.get(ENV_NAMESPACE), config.trainer_image, time.monotonic)
+        namespace = os.environ.get(ENV_NAMESPACE) if config.learning else None
+        experience = Experience(api, namespace, config.trainer_image, time.monotonic)
         controller = Controller(api, store, inventory.fleet, experience, config, self.metrics, self.poller.latest)
         self.queue: WorkQueue[Key] = WorkQueue(
             controller.look,
@@ -114,7 +117,7 @@ class Runtime:
 
 def _leadership(api: Api, config: OperatorConfig) -> Leadership | None:
     """None where nothing says which Lease to hold: there is one operator then."""
-    namespace, name = os.environ.get(ENV_LEASE_NAMESPACE), os.environ.get(ENV_LEASE)
+    namespace, name = os.environ.get(ENV_NAMESPACE), os.environ.get(ENV_LEASE)
     if not (namespace and name):
         return None
     # A container that is started again is the same candidate: what it was is dead.

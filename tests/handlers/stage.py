@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_operator.experience import ENV_NAMESPACE
-from qlora_operator.handlers import ENV_LEASE, ENV_LEASE_NAMESPACE, ENV_METRICS_PORT, ENV_POD
+from qlora_operator.handlers import ENV_LEASE, ENV_METRICS_PORT, ENV_NAMESPACE, ENV_POD
 from qlora_operator.metrics import METRICS_PORT
 from qlorajob.run import RunReport
 from tests.support.live import Cluster, eventually
@@ -76,7 +75,7 @@ class OperatorProcess:
             "PYTHONPATH": str(REPOSITORY / "operator"),
         }
         if self.lease:
-            environment |= {ENV_LEASE: self.lease, ENV_LEASE_NAMESPACE: self.namespace, ENV_POD: self.identity}
+            environment |= {ENV_LEASE: self.lease, ENV_POD: self.identity}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.log.parent)
 

@@ -136,14 +136,11 @@ def test_what_runs_took_is_kept_in_one_config_map_that_upgrades_leave_alone(clus
 
 
 def test_an_operator_that_is_not_to_learn_has_no_config_map_and_no_right_to_one(cluster: Cluster) -> None:
-    def environment(*values: str) -> set[str]:
-        (deployment,) = of_kind(render(cluster, *values), "Deployment")
-        return {entry["name"] for entry in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
-
     objects = render(cluster, "learning.enabled=false")
     assert [role["metadata"]["name"] for role in of_kind(objects, "Role")] == ["qlora-operator-lease"]
     assert "qlora-observations" not in {found["metadata"]["name"] for found in objects}
-    assert environment() - environment("learning.enabled=false") == {"QLORA_OBSERVATIONS_NAMESPACE"}
+    assert not configuration(objects).learning
+    assert configuration(render(cluster)).learning
 
 
 def test_operators_agree_on_one_lease_and_have_no_right_to_another(cluster: Cluster) -> None:
@@ -157,8 +154,8 @@ def test_operators_agree_on_one_lease_and_have_no_right_to_another(cluster: Clus
         leases | {"resourceNames": [env["QLORA_LEASE"]["value"]], "verbs": ["get", "patch"]},
         leases | {"verbs": ["create"]},
     ]
-    paths = {name: env[name]["valueFrom"]["fieldRef"]["fieldPath"] for name in ("QLORA_LEASE_NAMESPACE", "QLORA_POD")}
-    assert paths == {"QLORA_LEASE_NAMESPACE": "metadata.namespace", "QLORA_POD": "metadata.name"}
+    paths = {name: env[name]["valueFrom"]["fieldRef"]["fieldPath"] for name in ("QLORA_NAMESPACE", "QLORA_POD")}
+    assert paths == {"QLORA_NAMESPACE": "metadata.namespace", "QLORA_POD": "metadata.name"}
     assert configuration(objects).lease_duration_seconds == 30
 
 

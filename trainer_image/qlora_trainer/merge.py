@@ -85,6 +85,7 @@ def _merge(context: Context, store: RunStore, manifest: ArtifactManifest, report
     adapter = _clean(settings.folder(ADAPTER))
     store.download_tree(manifest.files, ADAPTER, adapter)
     if wanted.gguf is not None:
+        # prepare has tried this, but maybe another image's llama.cpp: better now than after hours of merging.
         gguf_export.check(base, settings.folder(GGUF), trust_remote_code=code)
     merge = plan_merge(base, adapter, DTYPES[wanted.dtype], trust_remote_code=code)
     report["merge"] = {"dtype": wanted.dtype, "layers": len(merge.layers), "bytes": merge.bytes}

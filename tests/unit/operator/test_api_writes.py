@@ -18,7 +18,7 @@ from qlora_operator.api import MERGE_PATCH, Api, TemporaryApiError
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decision import Event
 from qlora_operator.election import Lease
-from qlora_operator.handlers import ENV_LEASE, ENV_LEASE_NAMESPACE, ENV_METRICS_PORT, ENV_POD, Runtime
+from qlora_operator.handlers import ENV_LEASE, ENV_METRICS_PORT, ENV_NAMESPACE, ENV_POD, Runtime
 from qlora_operator.inventory import Inventory
 from qlora_operator.store import Store
 from qlorajob.resource import Metadata
@@ -141,10 +141,10 @@ async def test_the_second_operator_works_as_soon_as_the_first_is_stopped(
 ) -> None:
     monkeypatch.setattr("qlora_operator.election.RETRY_SECONDS", 0.01)
     monkeypatch.setenv(ENV_LEASE, "operator")
-    monkeypatch.setenv(ENV_LEASE_NAMESPACE, "system")
+    monkeypatch.setenv(ENV_NAMESPACE, "system")
     monkeypatch.setenv(ENV_METRICS_PORT, "0")
 
-    config = OperatorConfig(lease_duration_seconds=3)
+    config = OperatorConfig(lease_duration_seconds=3, learning=False)
 
     async def started(name: str) -> Runtime:
         monkeypatch.setenv(ENV_POD, name)
