@@ -14,6 +14,8 @@ LLAMA_CPP := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-operator/llama.cpp
 APT := DEBIAN_FRONTEND=noninteractive apt-get -y -o DPkg::Lock::Timeout=600 --no-install-recommends
 export PYTHONPATH := dev
 export PYTHONUNBUFFERED := 1
+# Where it's set, each of the processes of a test run would compile the same modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## Show this list
@@ -34,6 +36,7 @@ $(VENV)/.installed: requirements/dev.txt pyproject.toml
 .PHONY: cluster-up
 cluster-up: setup ## Start the local Kubernetes, S3, Prometheus and the operator; needs root on Debian
 	$(PYTHON) -m cluster up
+	@$(PYTHON) -m compileall -q operator trainer_image # for the pods, which mount them and can't write
 	$(PYTHON) -m demo install
 	.cluster/bin/kubectl --kubeconfig .cluster/kubeconfig get nodes
 
