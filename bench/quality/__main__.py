@@ -13,13 +13,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
+import weights
 from bench.quality import data
 from bench.quality.report import page, picture
 from bench.quality.run import Kind, Setting, run
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-operator"
-MODEL = CACHE / "models" / "SmolLM2-135M-Instruct"
-"""Where dev/weights.py leaves it."""
+MODEL = weights.default_destination()
 
 
 def main() -> None:

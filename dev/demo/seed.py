@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import weights
-from cluster.layout import DEV, cache_directory
+from cluster.layout import DEV
 from cluster.shell import run, step
 from demo import dataset
 from demo.target import Target
@@ -30,7 +30,7 @@ def seed(target: Target, python: str) -> None:
 
 
 def _seed_model(s3: Any, python: str) -> None:
-    folder = cache_directory() / weights.FOLDER / MODEL
+    folder = weights.default_destination()
     with step(f"weights of {MODEL}"):
         run([python, DEV / "weights.py", folder])
     present = {item["Key"] for item in s3.list_objects_v2(Bucket="models", Prefix=f"{MODEL}/").get("Contents", [])}

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from cluster.layout import NODE_ADDRESS, cache_directory
-from demo.seed import MODEL
+import weights
+from cluster.layout import NODE_ADDRESS
 from qlorajob.manifest import MANIFEST
 from tests.chaos.cell import BUCKET, Cell
 from tests.chaos.faults import Faults
@@ -40,7 +40,7 @@ def s3(cluster: Cluster) -> Any:
 def inputs(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     """s3://chaos/model and s3://chaos/data."""
     directory: Path = tmp_path_factory.mktemp("tiny-model")
-    tiny.write_model(directory, cache_directory() / "models" / MODEL, width=WIDTH)
+    tiny.write_model(directory, weights.default_destination(), width=WIDTH)
     for file in directory.iterdir():
         s3.upload_file(str(file), BUCKET, f"model/{file.name}")
     s3.put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=tiny.jsonl())

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.layout import cache_directory
-from demo.seed import MODEL
+import weights
 from tests.support import tiny
 from tests.support.live import Cluster, Manifest, Namespace, empty_bucket, merged
 
@@ -26,7 +25,7 @@ def s3(cluster: Cluster) -> Any:
 def tiny_inputs(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """s3://e2e/tiny-model and s3://e2e/tiny-data; returns the model's local directory."""
     directory = tmp_path_factory.mktemp("tiny-model")
-    tiny.write_model(directory, cache_directory() / "models" / MODEL)
+    tiny.write_model(directory, weights.default_destination())
     for file in directory.iterdir():
         s3.upload_file(str(file), BUCKET, f"tiny-model/{file.name}")
     s3.put_object(Bucket=BUCKET, Key="tiny-data/rows.jsonl", Body=tiny.jsonl())

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 from ruamel.yaml import YAML
 
-from cluster.layout import PROMETHEUS_PORT, cache_directory
-from demo.seed import MODEL
+import weights
+from cluster.layout import PROMETHEUS_PORT
 from demo.verify import VerificationError, VerifiedRun, list_keys, verify_run
 from qlora_trainer.gguf_export import answer
 from tests.support.live import Cluster, Manifest, Namespace, eventually
@@ -66,7 +66,7 @@ def finished(cluster: Cluster, namespace: Namespace) -> Finished:
 def _answers(kind: str, directory: Path, finished: Finished) -> list[str]:
     report = finished.run.report
     prompts = json.dumps([entry["text"] for entry in report["prompts"]])
-    base = cache_directory() / "models" / MODEL
+    base = weights.default_destination()
     command = [sys.executable, ANSWERS, kind, directory, base, "20"]
     done = subprocess.run([str(part) for part in command], input=prompts, capture_output=True, text=True, check=True)
     answers: list[str] = json.loads(done.stdout)
