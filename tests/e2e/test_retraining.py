@@ -20,7 +20,6 @@ FIRST: dict[str, Manifest] = {
     "edited": {},
     "data": {"dataset": {"uri": f"s3://{BUCKET}/v1"}},
     "same": {},
-    "later": {},
 }
 
 
@@ -87,12 +86,12 @@ def test_a_field_that_leaves_the_result_alone_starts_nothing(
 def test_merging_can_be_asked_for_afterwards_without_training_again(
     namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest]
 ) -> None:
-    first = first_runs["later"]
-    namespace.apply(manifest("later", {"merge": {"enabled": True}}))
-    status = namespace.wait_for("later", "{.status.artifacts.merged.uri}")
-    namespace.wait("later", "Complete")
+    first = first_runs["same"]
+    namespace.apply(manifest("same", {"merge": {"enabled": True}}))
+    status = namespace.wait_for("same", "{.status.artifacts.merged.uri}")
+    namespace.wait("same", "Complete")
     assert status["run"]["id"] == first["run"]["id"]
-    assert len(namespace.jobs("later", "train")) == 1
+    assert len(namespace.jobs("same", "train")) == 1
 
 
 def test_an_edit_while_training_replaces_the_run(
