@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from qlora_trainer.gguf_export import answer
 from tests.support.live import Cluster, Manifest, Namespace, eventually
 from tests.support.prometheus import query
 
+KINDS = ("adapter", "merged")
 ANSWERS = Path(__file__).parents[1] / "support" / "answers.py"
 
 
@@ -63,24 +66,35 @@ def finished(cluster: Cluster, namespace: Namespace) -> Finished:
     return Finished(namespace, manifest, status, run, s3)
 
 
+@pytest.fixture(scope="module")
+def answers(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], list[str]]]:
+    """What the adapter and the merged model answer, each in a fresh process; both are asked at once."""
+    with ThreadPoolExecutor(2) as pool:
+        asked = {kind: pool.submit(_answers, kind, tmp_path_factory.mktemp(kind), finished) for kind in KINDS}
+        yield lambda kind: asked[kind].result()
+
+
 def _answers(kind: str, directory: Path, finished: Finished) -> list[str]:
+    finished.download(kind, directory)
     report = finished.run.report
     prompts = json.dumps([entry["text"] for entry in report["prompts"]])
     base = weights.default_destination()
     command = [sys.executable, ANSWERS, kind, directory, base, "20"]
     done = subprocess.run([str(part) for part in command], input=prompts, capture_output=True, text=True, check=True)
-    answers: list[str] = json.loads(done.stdout)
-    return answers
+    found: list[str] = json.loads(done.stdout)
+    return found
 
 
-def test_the_adapter_answers_in_a_fresh_process_as_the_report_says(finished: Finished, tmp_path: Path) -> None:
-    answers = _answers("adapter", finished.download("adapter", tmp_path), finished)
-    assert answers == [entry["after"] for entry in finished.run.report["prompts"]]
+def test_the_adapter_answers_in_a_fresh_process_as_the_report_says(
+    finished: Finished, answers: Callable[[str], list[str]]
+) -> None:
+    assert answers("adapter") == [entry["after"] for entry in finished.run.report["prompts"]]
 
 
-def test_the_merged_model_answers_in_a_fresh_process_as_the_report_says(finished: Finished, tmp_path: Path) -> None:
-    answers = _answers("merged", finished.download("merged", tmp_path), finished)
-    assert answers == [entry["merged"] for entry in finished.run.report["prompts"]]
+def test_the_merged_model_answers_in_a_fresh_process_as_the_report_says(
+    finished: Finished, answers: Callable[[str], list[str]]
+) -> None:
+    assert answers("merged") == [entry["merged"] for entry in finished.run.report["prompts"]]
 
 
 def test_the_gguf_file_answers_in_llama_cpp_as_the_report_says(finished: Finished, tmp_path: Path) -> None:
