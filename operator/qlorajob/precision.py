@@ -13,6 +13,12 @@ Precision = Literal["bf16", "fp16", "fp32"]
 PRECISION: Final[dict[ComputeType, Precision]] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 COMPUTE: Final[dict[Precision, ComputeType]] = {short: long for long, short in PRECISION.items()}
 
+LACKING: Final[dict[tuple[ComputeType, ComputeType], str]] = {
+    ("bfloat16", "float16"): "this GPU has no bfloat16",
+    ("float16", "float32"): "the CPU has no fast float16",
+}
+"""What a machine can't do, or not in good time, by what is wanted and its best type: it takes its best type then."""
+
 
 @dataclass(frozen=True, slots=True)
 class NumberTypes:
@@ -40,36 +46,19 @@ def number_types(spec: QLoRAJobSpec, best: ComputeType) -> NumberTypes:
 
     Where only one of quantization.computeDtype and training.precision is set, the other follows it on a GPU.
     """
-    degradations: list[str] = []
-    wanted, mixed = spec.quantization.compute_dtype, spec.training.precision
-    if wanted != "auto":
-        compute = _compute(wanted, best, degradations)
-    elif mixed in ("bf16", "fp16"):
-        compute = _compute(COMPUTE[mixed], best, [])  # precision's own words say it
-    else:
-        compute = best
-    if mixed != "auto":
-        precision = _precision(mixed, best, degradations)
-    else:
-        precision = "fp32" if best == "float32" else PRECISION[compute]
-    return NumberTypes(compute, precision, tuple(degradations))
+    compute, precision = spec.quantization.compute_dtype, spec.training.precision
+    wanted = None if compute == "auto" else compute
+    mixed = None if precision == "auto" else COMPUTE[precision]
+    follows = best != "float32"
+    products = _at_hand(wanted or (mixed if follows and mixed != "float32" else None) or best, best)
+    rounded = _at_hand(mixed or (products if follows else "float32"), best)
+    degradations = []
+    if wanted and products != wanted:
+        degradations.append(f"quantization.computeDtype {compute} runs as {products}: {LACKING[wanted, best]}")
+    if mixed and rounded != mixed:
+        degradations.append(f"training.precision {precision} runs as {PRECISION[rounded]}: {LACKING[mixed, best]}")
+    return NumberTypes(products, PRECISION[rounded], tuple(degradations))
 
 
-def _compute(asked: ComputeType, best: ComputeType, degradations: list[str]) -> ComputeType:
-    if (asked, best) == ("bfloat16", "float16"):
-        degradations.append("quantization.computeDtype bfloat16 runs as float16: this GPU has no bfloat16")
-        return best
-    if (asked, best) == ("float16", "float32"):
-        degradations.append("quantization.computeDtype float16 runs as float32: the CPU has no fast float16")
-        return best
-    return asked
-
-
-def _precision(asked: Precision, best: ComputeType, degradations: list[str]) -> Precision:
-    if (asked, best) == ("bf16", "float16"):
-        degradations.append("training.precision bf16 runs as fp16: this GPU has no bfloat16")
-        return "fp16"
-    if (asked, best) == ("fp16", "float32"):
-        degradations.append("training.precision fp16 runs as fp32: fp16 needs a GPU")
-        return "fp32"
-    return asked
+def _at_hand(wanted: ComputeType, best: ComputeType) -> ComputeType:
+    return best if (wanted, best) in LACKING else wanted

@@ -68,6 +68,19 @@ def test_types_differ_only_where_both_are_asked_for(compute: str, precision: str
         assert not number_types(spec(compute, precision), "bfloat16").differ
 
 
+@pytest.mark.parametrize(
+    ("compute", "precision", "found"),
+    [
+        ("auto", "bf16", ("float32", "bf16")),
+        ("bfloat16", "auto", ("bfloat16", "fp32")),
+        ("auto", "fp16", ("float32", "fp32")),
+    ],
+)
+def test_on_a_cpu_what_is_not_asked_for_stays_float32(compute: str, precision: str, found: tuple[str, str]) -> None:
+    types = number_types(spec(compute, precision), "float32")
+    assert (types.compute, types.precision) == found
+
+
 def test_one_16_bit_type_is_what_the_fast_path_wants() -> None:
     narrow = {"float16/fp16", "bfloat16/bf16"}
     for compute, precision in product(PRECISION, PRECISION.values()):
