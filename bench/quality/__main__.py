@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -17,8 +16,8 @@ import weights
 from bench.quality import data
 from bench.quality.report import page, picture
 from bench.quality.run import Kind, Setting, run
+from cluster.layout import cache_directory
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-operator"
 MODEL = weights.default_destination()
 
 
@@ -41,8 +40,8 @@ def main() -> None:
     folder = options.out / "quality"
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(
-        model=options.model, data=options.data or str(data.write(CACHE)), steps=options.steps, rows=options.rows,
-        length=options.length, rank=options.rank, looks=options.looks, learning_rate=options.learning_rate,
+        model=options.model, data=options.data or str(data.write(cache_directory())),
+        steps=options.steps, rows=options.rows, length=options.length, rank=options.rank, looks=options.looks, learning_rate=options.learning_rate,
     )  # fmt: skip
     results = [_result(kind, seed, setting, folder) for seed in options.seeds for kind in get_args(Kind)]
     (options.out / "quality.md").write_text(page(results, _command(setting, options.seeds)), encoding="utf-8")
