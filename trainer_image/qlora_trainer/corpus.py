@@ -46,13 +46,6 @@ class Corpus:
         return np.asarray([len(document) for document in self.documents], np.int64)
 
     @property
-    def sequence_lengths(self) -> Numbers:
-        """Tokens of each sequence."""
-        lengths, members = self.lengths, np.asarray([len(sequence) for sequence in self.sequences], np.int64)
-        ordered = np.fromiter((index for sequence in self.sequences for index in sequence), np.int64, members.sum())
-        return np.add.reduceat(lengths[ordered], np.cumsum(members) - members)
-
-    @property
     def tokens(self) -> int:
         """Tokens of one pass, padding not counted."""
         return int(self.lengths.sum())

@@ -50,40 +50,38 @@ class SimilarLengths(LengthGroupedSampler):  # type: ignore[misc]
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that counts tokens, evaluates token by token, and never asks the GPU for a number inside a step."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, plan: Plan, shapes: Shapes, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.tokens_seen = 0
         self.fast: MicroStep | None = None
-        self.pages_optimizer = False
-        self.reservable: int | None = None
+        self._plan = plan
+        self._reservable = None if self.args.use_cpu or shapes.steady else reservable(plan)
         # TRL rounds the adapter to bfloat16. Its updates are smaller than bfloat16 resolves, and fp16's gradient
         # scaler refuses bfloat16 gradients: keep it in float32.
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
 
-    def use_fast_path(self, plan: Plan, hardware: Hardware, shapes: Shapes) -> None:
+    def use_fast_path(self, hardware: Hardware, shapes: Shapes) -> None:
         """Compute the training steps on the fast path, where model and machine allow it. It is made for GPUs."""
-        self.pages_optimizer = plan.offload_checkpoints
         if hardware.on_gpu:
             from qlora_trainer.fast.step import start  # needs Triton, which is where GPUs are
 
-            self.fast = start(self.model, plan, hardware, self.accelerator.backward, replayable=shapes.replayable)
-            self.reservable = None if shapes.steady else reservable(plan)
+            self.fast = start(self.model, self._plan, hardware, self.accelerator.backward, shapes)
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """The optimizer. It pages its states only where they are large, or the plan trades time for memory anyway."""
         made = super().create_optimizer(*args, **options)
         if not self.args.use_cpu:
             let_optimizers_run_ahead()
-            if not self.pages_optimizer:
+            if not self._plan.offload_checkpoints:
                 keep_small_states_resident(self.optimizer, gpu_memory())
         return made
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro batch."""
         self.tokens_seen += inputs[TOKEN_COUNT]
-        if self.reservable is not None and torch.cuda.memory_reserved() > self.reservable:
+        if self._reservable is not None and torch.cuda.memory_reserved() > self._reservable:
             torch.cuda.empty_cache()  # blocks of other shapes' sizes, of which this one may find no use
         if self.fast is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
@@ -148,31 +146,29 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     """The trainer for a run. The data come tokenised and packed, so TRL's own preparation is skipped."""
-    shapes = shapes_of(spec, plan, data)
+    train_rows = as_dataset(data.train, folder)
+    held_out = as_dataset(data.validation, folder) if data.validation else None
+    lengths = {length for rows in (train_rows, held_out) if rows is not None for length in rows.unique("length")}
+    packed = spec.training.packing
+    shapes = Shapes.of(plan.micro_batch_size, lengths, spec.training.max_sequence_length, packed=packed)
     trainer = Trainer(
+        plan=plan,
+        shapes=shapes,
         model=model,
         args=_arguments(spec, plan, hardware, total_steps, folder, evaluates=_evaluates_while_training(spec, data)),
-        train_dataset=as_dataset(data.train, folder),
-        eval_dataset=as_dataset(data.validation, folder) if data.validation else None,
+        train_dataset=train_rows,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=Collator(
-            tokenizer.pad_token_id, packed=spec.training.packing, multiple=shapes.multiple if hardware.on_gpu else 1
+            tokenizer.pad_token_id, packed=packed, multiple=shapes.multiple if hardware.on_gpu else 1
         ),
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.use_fast_path(plan, hardware, shapes)
+    trainer.use_fast_path(hardware, shapes)
     if trainer.fast is None:
         hardware.degrade(checkpoint_layers(model, plan))
     return trainer
-
-
-def shapes_of(spec: QLoRAJobSpec, plan: Plan, data: TrainingData) -> Shapes:
-    """Of the run's micro batches, those of the evaluation included."""
-    lengths = set(data.train.sequence_lengths.tolist())
-    if data.validation:
-        lengths |= set(data.validation.sequence_lengths.tolist())
-    return Shapes.of(plan.micro_batch_size, lengths, spec.training.max_sequence_length, packed=spec.training.packing)
 
 
 def reservable(plan: Plan) -> int | None:

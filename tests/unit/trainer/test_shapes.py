@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_trainer.corpus import Corpus, Document
 from qlora_trainer.shapes import POOLS, Shapes
 from qlora_vram.fast import GRAPH_TOKENS
 from qlora_vram.workload import LENGTH_MULTIPLE
@@ -51,8 +50,3 @@ def test_graphs_never_take_more_than_is_planned(lengths: list[int], rows: int, p
         pools = 1 if shapes.steady else POOLS
         assert pools * max(shapes.lengths) <= max(shapes.planned, max(shapes.lengths))
         assert rows * max(shapes.lengths) <= GRAPH_TOKENS
-
-
-def test_a_sequence_is_as_long_as_its_documents() -> None:
-    documents = [Document([1] * length, [1] * length) for length in (3, 5, 7)]
-    assert Corpus(documents, [[2, 0], [1]]).sequence_lengths.tolist() == [10, 5]

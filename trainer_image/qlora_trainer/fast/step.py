@@ -13,6 +13,7 @@ from qlora_trainer.batches import DOCUMENT_ENDS, LONGEST_DOCUMENT
 from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.decoder import FastDecoder, NotCoveredError
 from qlora_trainer.hardware import Hardware
+from qlora_trainer.shapes import Shapes
 from qlorajob.plan import Plan
 
 MAX_GRAPHS = 8
@@ -73,9 +74,9 @@ class Inputs:
 
 
 def start(
-    model: Any, plan: Plan, hardware: Hardware, backward: Callable[[torch.Tensor], None], *, replayable: bool
+    model: Any, plan: Plan, hardware: Hardware, backward: Callable[[torch.Tensor], None], shapes: Shapes
 ) -> MicroStep | None:
-    """The fast path for a model; as graphs where its micro batches are `replayable`.
+    """The fast path for a model; as graphs where its micro batches are replayable.
 
     None, with the reason among the degradations, where it can't be taken.
     """
@@ -85,7 +86,7 @@ def start(
         hardware.degrade(f"the layers run one operation at a time: {error}")
         return None
     # Gradients that are scaled, or checkpoints that leave the device, change from step to step.
-    graphs = replayable and hardware.precision != "fp16" and not plan.offload_checkpoints
+    graphs = shapes.replayable and hardware.precision != "fp16" and not plan.offload_checkpoints
     return MicroStep(decoder, backward, graphs=graphs)
 
 
