@@ -41,7 +41,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(
         model=options.model, data=options.data or str(data.write(cache_directory())),
-        steps=options.steps, rows=options.rows, length=options.length, rank=options.rank, looks=options.looks, learning_rate=options.learning_rate,
+        steps=options.steps, rows=options.rows, length=options.length, rank=options.rank, looks=options.looks,
+        learning_rate=options.learning_rate,
     )  # fmt: skip
     results = [_result(kind, seed, setting, folder) for seed in options.seeds for kind in get_args(Kind)]
     (options.out / "quality.md").write_text(page(results, _command(setting, options.seeds)), encoding="utf-8")
