@@ -13,18 +13,29 @@ from qlora_vram.memory import peak
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import plan
 from qlora_vram.workload import Shape, Workload, workload
+from qlorajob.plan import ModelFacts, Plan
 from qlorajob.precision import NumberTypes
+from qlorajob.spec import QLoRAJobSpec
 
 GPU = next(gpu for gpu in SHIPPED if gpu.name == "H100")
+
+
+def plan_on_gpu(spec: QLoRAJobSpec, shape: dict[str, Any]) -> tuple[ModelFacts, Plan]:
+    """The model's facts and the planner's plan for an H100. Raises LookupError where there is none."""
+    facts = model_facts(shape)
+    if facts is None:
+        raise LookupError(f"{shape['model_type']}: no facts")
+    found = plan(spec, facts, (GPU,))
+    if isinstance(found, DoesNotFit):
+        raise LookupError(found.message)
+    return facts, found
 
 
 def planned(result: dict[str, Any]) -> Workload:
     """The run as it was cut, its rows as long as maxSequenceLength."""
     recipe = RECIPES[result["recipe"]]
-    spec, facts = recipe.spec(result["steps"]), model_facts(recipe.shape())
-    found = plan(spec, facts, (GPU,)) if facts else None
-    if facts is None or found is None or isinstance(found, DoesNotFit):
-        raise LookupError(f"{recipe.name} has no plan")
+    spec = recipe.spec(result["steps"])
+    facts, found = plan_on_gpu(spec, recipe.shape())
     layers = result.get("checkpointed", found.checkpointed_layers)
     shape = Shape(result["microBatch"], layers, offload=found.offload_checkpoints)
     work = workload(spec, facts, GPU, shape, result["accumulation"])

@@ -19,18 +19,13 @@ from bench.inputs import rows, tokenizer, training_data
 from bench.jobs import plan_of
 from bench.models import build
 from bench.recipes.cases import RECIPES, TINY, Recipe
+from bench.recipes.predictions import plan_on_gpu
 from bench.train.clock import StepClock
 from qlora_trainer import training
 from qlora_trainer.hardware import Hardware, peak_memory
 from qlora_trainer.model import add_adapter
-from qlora_vram.facts import model_facts
-from qlora_vram.gpus import SHIPPED
-from qlora_vram.outcome import DoesNotFit
-from qlora_vram.planner import plan as plan_for
 from qlorajob.plan import Plan
 from qlorajob.spec import QLoRAJobSpec
-
-GPU = next(gpu for gpu in SHIPPED if gpu.name == "H100")
 
 
 def main() -> None:
@@ -108,13 +103,7 @@ def _plan(spec: QLoRAJobSpec, shape: dict[str, Any]) -> Plan:
     if not torch.cuda.is_available():
         rows_at_once = spec.training.micro_batch_size
         return plan_of(spec, rows=rows_at_once if isinstance(rows_at_once, int) else 1, gpus=0)
-    facts = model_facts(shape)
-    if facts is None:
-        raise LookupError(f"{shape['model_type']}: no facts")
-    found = plan_for(spec, facts, (GPU,))
-    if isinstance(found, DoesNotFit):
-        raise LookupError(found.message)
-    return found
+    return plan_on_gpu(spec, shape)[1]
 
 
 def _config(shape: dict[str, Any], length: int) -> Any:
