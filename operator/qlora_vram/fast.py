@@ -14,6 +14,7 @@ from typing import Final
 
 from qlora_vram.activations import FLASH_WORKSPACE, Moment
 from qlora_vram.layers import Layer, Role, by_role
+from qlora_vram.optimizers import GRADIENT, optimizer_bytes
 from qlora_vram.workload import Workload
 
 RANK_STEP: Final = 16
@@ -68,7 +69,22 @@ class FastStep:
             buffer = max(buffer, inputs * outputs)
             copies += self._ranks[name] * (inputs + outputs) * layers
         beside = SECOND_STREAM_BYTES if self.graphs or self.workload.shape.offload else 0
-        return {"dequantization": size * buffer, "adapter": size * copies, "context": beside}
+        return {
+            "dequantization": size * buffer, "adapter": size * copies, "slack": self._between_what_stays,
+            "context": beside,
+        }  # fmt: skip
+
+    @property
+    def _between_what_stays(self) -> int:
+        """What the allocator holds between tensors that came while activations lay around them, and can't use again.
+
+        Measured, as what torch reserves beyond what it allocates: where micro batches are small, as much as the states
+        that bitsandbytes makes after the first of them; and with scaled gradients twice those.
+        """
+        work = self.workload
+        small = work.tokens <= GRAPH_TOKENS and not work.shape.offload and work.optimizer.endswith("bit")
+        states = optimizer_bytes(work) if small else 0
+        return states + (2 * GRADIENT * work.adapter_parameters if work.scaled else 0)
 
     @property
     def graphs(self) -> bool:

@@ -15,6 +15,7 @@ from qlora_vram.activations import Moment, Step
 from qlora_vram.calibration import Calibration, shipped
 from qlora_vram.fast import GRAPH_TOKENS, FastStep
 from qlora_vram.gpus import GIB
+from qlora_vram.optimizers import ADAPTER, GRADIENT, optimizer_bytes, workspace_bytes
 from qlora_vram.plain import PlainStep
 from qlora_vram.workload import Workload
 
@@ -24,15 +25,6 @@ BLOCK: Final = 64
 """Weights that share a quantization constant (bitsandbytes' default block size)."""
 NESTED_BLOCK: Final = 256
 """Constants that share a second one, with double quantization."""
-SMALL_STATES: Final = 4096
-"""bitsandbytes holds the optimizer states of smaller tensors in 32 bit (`min_8bit_size`)."""
-STATE_BLOCK: Final = 256
-"""8-bit states that share a float32 constant."""
-GRADIENT: Final = 4
-ADAPTER: Final = 4
-"""The trainer keeps the adapter, and so its gradients, in float32."""
-FOREACH_SHARE: Final = 1.4
-"""torch's AdamW takes the roots of all states at once; no block that was free before has their sizes (measured)."""
 RECAST_SLACK: Final = 0.1
 """More of what comes and goes is lost where tensors of two widths take turns (measured on recipe r4)."""
 PROCESS_BYTES: Final = 4 * GIB
@@ -105,7 +97,6 @@ def _static(workload: Workload, step: Step) -> dict[str, int]:
     wide = workload.compute_bytes * max(0, facts.parameters - quantized)
     standing = step.standing
     adapter = workload.adapter_parameters
-    standing["slack"] = standing.get("slack", 0) + _between_what_stays(workload)
     components = {
         "quantizedWeights": int(quantized * bits_a_weight(workload.double_quantization) / 8) // share,
         "weights16Bit": wide // share,
@@ -121,19 +112,6 @@ def _static(workload: Workload, step: Step) -> dict[str, int]:
     return components
 
 
-def _between_what_stays(workload: Workload) -> int:
-    """What the allocator holds between tensors that came while activations lay around them, and can't use again.
-
-    Measured on the fast path, as what torch reserves beyond what it allocates: where micro batches are small, as much
-    as the states that bitsandbytes makes after the first of them; and with scaled gradients twice those.
-    """
-    if workload.engine == "plain":
-        return 0
-    small = workload.tokens <= GRAPH_TOKENS and not workload.shape.offload and workload.optimizer.endswith("bit")
-    states = optimizer_bytes(workload) if small else 0
-    return states + (2 * GRADIENT * workload.adapter_parameters if workload.scaled else 0)
-
-
 def _phases(workload: Workload, step: Step) -> Iterator[tuple[Phase, dict[str, int]]]:
     """What comes and goes, by phase of a step."""
     shape = workload.shape
@@ -144,7 +122,7 @@ def _phases(workload: Workload, step: Step) -> Iterator[tuple[Phase, dict[str, i
     yield "loss", _components(loss, checkpoints, step.kept * workload.kept_layers)
     layer = max(step.in_layer, key=lambda moment: moment.total)
     yield "backward", _components(layer, checkpoints, step.kept * max(0, workload.kept_layers - 1))
-    yield "optimizer", {"optimizer": _optimizer_workspace(workload)}
+    yield "optimizer", {"optimizer": workspace_bytes(workload)}
 
 
 def _components(moment: Moment, checkpoints: int, kept: int) -> dict[str, int]:
@@ -164,38 +142,6 @@ def _with_slack(components: Mapping[str, int], share: float) -> dict[str, int]:
 def bits_a_weight(double_quantization: bool) -> float:
     """Bits of a 4-bit weight and its share of the constants: 4.127, or 4.5 without double quantization."""
     return 4 + 8 / BLOCK + 32 / (BLOCK * NESTED_BLOCK) if double_quantization else 4 + 32 / BLOCK
-
-
-def optimizer_bytes(workload: Workload) -> int:
-    """States of the adapter's parameters. Paged ones are on the GPU as long as there is room, so they count."""
-    name = workload.optimizer
-    tensors = [(workload.rank, target.inputs, target.count) for target in workload.targets]
-    tensors += [(target.outputs, workload.rank, target.count) for target in workload.targets]
-    if name == "adafactor":
-        return sum(4 * (rows + columns) * count for rows, columns, count in tensors)
-    if name == "sgd":
-        return 0
-    eight_bit = name.endswith("8bit")
-    return sum(
-        count * (_eight_bit_states(rows * columns) if eight_bit else 8 * rows * columns)
-        for rows, columns, count in tensors
-    )
-
-
-def _eight_bit_states(numbers: int) -> int:
-    """Two Adam states of one tensor. Never less for a larger one, although 8-bit states begin with a step down."""
-    wide = 8 * min(numbers, SMALL_STATES - 1)
-    return max(wide, 2 * (numbers + 4 * -(-numbers // STATE_BLOCK)) if numbers >= SMALL_STATES else 0)
-
-
-def _optimizer_workspace(workload: Workload) -> int:
-    """torch's own optimizers compute on all parameters at once, and Adafactor in a tensor of each one's size."""
-    if workload.optimizer == "adamw_torch":
-        return int(FOREACH_SHARE * ADAPTER * workload.adapter_parameters)
-    if workload.optimizer == "adafactor":
-        widest = max((max(target.inputs, target.outputs) for target in workload.targets), default=0)
-        return 2 * ADAPTER * workload.rank * widest
-    return 0
 
 
 def _largest_unit(workload: Workload) -> int:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qlora_vram.gpus import GIB
-from qlora_vram.memory import ADAPTER, disk_bytes, host_bytes
+from qlora_vram.memory import disk_bytes, host_bytes
+from qlora_vram.optimizers import ADAPTER
 from qlora_vram.words import quantity
 from qlora_vram.workload import Workload
 from qlorajob.plan import ModelFacts, Requests

@@ -23,10 +23,10 @@ from qlora_vram.memory import (
     disk_bytes,
     download_bytes,
     host_bytes,
-    optimizer_bytes,
     peak,
     step_of,
 )  # fmt: skip
+from qlora_vram.optimizers import optimizer_bytes
 from qlora_vram.plain import PlainStep
 from qlora_vram.workload import Shape, Workload
 from qlora_vram.workload import workload as workload_of
