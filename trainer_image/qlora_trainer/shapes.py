@@ -27,7 +27,11 @@ class Shapes:
 
     @classmethod
     def of(cls, rows: int, lengths: Iterable[int], longest: int, *, packed: bool) -> Shapes:
-        """Of sequences of these lengths, none of them longer than `longest`. Packed ones are all but full."""
+        """Of sequences of these lengths, none of them longer than `longest`. Packed ones are all but full.
+
+        Two things still make a second shape of steady ones: an epoch's last micro batch, which may have fewer rows, and
+        packed rows with twice as many documents (`fast.step.Inputs.rounded`). They run beside the graphs.
+        """
         found = frozenset(_padded(length) for length in lengths)
         return cls(rows, found, _padded(longest), steady=packed or len(found) == 1)
 
