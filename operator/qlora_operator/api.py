@@ -28,9 +28,6 @@ LEASE_TIMEOUT: Final = 5.0
 """A leader has to learn in time that it can't renew."""
 PERMANENT: Final = frozenset({400, 403, 405, 413, 415, 422})
 COMPONENT: Final = "qlora-operator"
-WARNINGS_ABOUT_STARTS: Final = frozenset(
-    {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "FailedCreate"}
-)
 
 
 class ApiError(Exception):
@@ -218,18 +215,13 @@ class Api:
         with self._writing():
             await self._core.create_namespaced_event(metadata.namespace, body, _request_timeout=TIMEOUT)
 
-    async def last_warning(self, namespace: str, uid: str) -> str:
-        """What the cluster last complained about, for a pod or Job that doesn't get started."""
+    async def warnings(self, namespace: str, uid: str) -> list[Manifest]:
+        """Warning events about one object."""
         with _translated():
             found = await self._core.list_namespaced_event(
                 namespace, field_selector=f"involvedObject.uid={uid},type=Warning", _request_timeout=TIMEOUT
             )
-        events = [self._client.sanitize_for_serialization(event) for event in found.items]
-        relevant = [event for event in events if event.get("reason") in WARNINGS_ABOUT_STARTS]
-        latest: Manifest = max(
-            relevant, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime")), default={}
-        )
-        return str(latest.get("message", ""))
+        return [self._client.sanitize_for_serialization(event) for event in found.items]
 
 
 class ApiLeases:

@@ -14,7 +14,7 @@ from qlora_operator.decision import CreateClaimTemplate, CreateJob, Decision
 from qlora_operator.experience import Experience
 from qlora_operator.fleet import Fleet
 from qlora_operator.metrics import Metrics
-from qlora_operator.observed import JobView, Observed, PodView, observe
+from qlora_operator.observed import JobView, Observed, PodView, complaint, observe
 from qlora_operator.patching import merge_patch
 from qlora_operator.reconcile import reconcile, refused, reject
 from qlora_operator.store import Key, Raw, Store
@@ -111,7 +111,7 @@ class Controller:
         """The views, with what only a request can tell: progress, and warnings about slow starts."""
         plain = observe(self._store.jobs(key), self._store.pods(key))
         pods = [await self._with_news(key, pod, now) for pod in plain.pods]
-        jobs = [await self._with_warning(key, job, plain, now) for job in plain.jobs]
+        jobs = [await self._with_complaint(key, job, plain, now) for job in plain.jobs]
         return Observed(tuple(jobs), tuple(pods), self._fleet(), await self._experience.known())
 
     async def _with_news(self, key: Key, pod: PodView, now: datetime) -> PodView:
@@ -119,13 +119,13 @@ class Controller:
         if pod.phase == "Running":
             changes["progress"] = self._progress(pod.uid)
         if pod.stuck_before_start and _older(pod.created_at, now):
-            changes["warning"] = await self._api.last_warning(key.namespace, pod.uid)
+            changes["complaint"] = complaint(await self._api.warnings(key.namespace, pod.uid))
         return dataclasses.replace(pod, **changes) if changes else pod
 
-    async def _with_warning(self, key: Key, job: JobView, observed: Observed, now: datetime) -> JobView:
+    async def _with_complaint(self, key: Key, job: JobView, observed: Observed, now: datetime) -> JobView:
         if job.state != "active" or observed.pods_of(job) or not _older(job.created_at, now):
             return job
-        return dataclasses.replace(job, warning=await self._api.last_warning(key.namespace, job.uid))
+        return dataclasses.replace(job, complaint=complaint(await self._api.warnings(key.namespace, job.uid)))
 
 
 def _older(created_at: datetime | None, now: datetime) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Literal
+from datetime import datetime, timedelta
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
@@ -18,6 +18,20 @@ from qlorajob.status import Progress
 
 JobState = Literal["active", "suspended", "complete", "failed"]
 Raw = Mapping[str, Any]
+
+WARNINGS_ABOUT_STARTS: Final = frozenset(
+    {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "FailedCreate"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """What the cluster says, in warning events, about an object that doesn't get started."""
+
+    message: str = ""
+    """The last event's; empty where there is none."""
+    lasting: timedelta = timedelta()
+    """From the first event to the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +49,8 @@ class JobView:
     """Reason of the Failed condition: PodFailurePolicy, BackoffLimitExceeded, DeadlineExceeded."""
     message: str = ""
     deleting: bool = False
-    warning: str = ""
-    """Last warning event about this Job, where it has no pod."""
+    complaint: Complaint = Complaint()
+    """About this Job, where it has no pod."""
 
     @property
     def live(self) -> bool:
@@ -78,8 +92,8 @@ class PodView:
     report: RunReport | None = None
     progress: Progress | None = None
     """What the poller heard last."""
-    warning: str = ""
-    """Last warning event about this pod, where it is stuck before its start."""
+    complaint: Complaint = Complaint()
+    """About this pod, where it is stuck before its start."""
 
     @property
     def live(self) -> bool:
@@ -182,6 +196,15 @@ def pod_view(raw: Raw) -> PodView:
     )
 
 
+def complaint(events: Iterable[Raw]) -> Complaint:
+    """What warning events about one object say of its start."""
+    relevant = [event for event in events if event.get("reason") in WARNINGS_ABOUT_STARTS]
+    if not relevant:
+        return Complaint()
+    last = max(relevant, key=_last_seen)
+    return Complaint(str(last.get("message", "")), _last_seen(last) - min(map(_first_seen, relevant)))
+
+
 def parse_report(message: str) -> RunReport | None:
     """The RunReport in a termination message; None where there is none, or one of another version."""
     if not message.lstrip().startswith("{"):
@@ -207,6 +230,18 @@ def _ours(containers: Iterable[Raw]) -> Raw:
 
 def _condition(status: Raw, kind: str) -> Raw:
     return next((condition for condition in status.get("conditions") or () if condition["type"] == kind), {})
+
+
+def _last_seen(event: Raw) -> datetime:
+    return datetime.fromisoformat(event.get("lastTimestamp") or event.get("eventTime") or _created(event))
+
+
+def _first_seen(event: Raw) -> datetime:
+    return datetime.fromisoformat(event.get("firstTimestamp") or event.get("eventTime") or _created(event))
+
+
+def _created(event: Raw) -> str:
+    return str(event["metadata"]["creationTimestamp"])
 
 
 def _time(value: str | None) -> datetime | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 
 from qlora_operator.observed import JobView, PodView
@@ -15,6 +16,9 @@ from qlorajob.spec import QLoRAJobSpec
 IMAGE_REASONS: Final = frozenset(
     {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
 )
+PASSING: Final = timedelta(seconds=20)
+"""The kubelet tries again after 0.5, 1, 2 … s. What it says in the beginning often passes: it may know a pod before it
+is allowed to read the pod's volumes."""
 MISSING_SECRET: Final = re.compile(r'secret "([^"]+)" not found', re.IGNORECASE)
 MISSING_SECRET_KEY: Final = re.compile(r"couldn't find key (\S+) in Secret [^/\s]+/(\S+)")
 MISSING_CONFIG_MAP: Final = re.compile(r'configmap "([^"]+)" not found', re.IGNORECASE)
@@ -32,10 +36,11 @@ class Problem:
 def stuck(spec: QLoRAJobSpec, job: JobView, pod: PodView | None) -> Problem | None:
     """What keeps the Job's pod from starting, when somebody has to do something about it."""
     if pod is None:
-        return Problem(Reason.POD_CREATION_FAILED, f"Job {job.name}: {job.warning}") if job.warning else None
+        said = job.complaint.message
+        return Problem(Reason.POD_CREATION_FAILED, f"Job {job.name}: {said}") if said else None
     if pod.phase != "Pending":
         return None
-    heard = [text for text in (pod.waiting.message if pod.waiting else "", pod.warning) if text]
+    heard = [text for text in (pod.waiting.message if pod.waiting else "", pod.complaint.message) if text]
     for text in heard:
         found = _missing(spec, text)
         if found:
@@ -44,8 +49,8 @@ def stuck(spec: QLoRAJobSpec, job: JobView, pod: PodView | None) -> Problem | No
         return Problem(Reason.IMAGE_UNAVAILABLE, f"the trainer image can't be pulled: {pod.waiting.message}")
     if pod.waiting and pod.waiting.reason == "CreateContainerConfigError":
         return Problem(Reason.INVALID_SPEC, f"the container can't be configured: {pod.waiting.message}")
-    if pod.warning:
-        return Problem(Reason.VOLUME_NOT_READY, f"pod {pod.name} can't start: {pod.warning}")
+    if pod.complaint.lasting >= PASSING:
+        return Problem(Reason.VOLUME_NOT_READY, f"pod {pod.name} can't start: {pod.complaint.message}")
     return None
 
 

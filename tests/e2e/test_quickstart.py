@@ -154,9 +154,7 @@ def test_describe_tells_the_story_in_events(finished: Finished) -> None:
     story = [reason for reason in reasons if reason in {"Preparing", "Prepared", "Planned", "Training", "Trained"}]
     assert story[0] == "Preparing"
     assert {"Training", "Merging", "Succeeded"} <= set(reasons)
-    # The kubelet may try a mount before it knows the volume, which is told too.
-    warnings = {event["reason"] for event in finished.namespace.events(finished.name) if event["type"] == "Warning"}
-    assert warnings <= {"VolumeNotReady"}
+    assert [event for event in finished.namespace.events(finished.name) if event["type"] == "Warning"] == []
 
 
 def test_conditions_are_what_kubectl_wait_flux_and_argo_read(finished: Finished) -> None:

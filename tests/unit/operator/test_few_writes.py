@@ -63,8 +63,8 @@ class Server:
     async def create_event(self, *_: Any) -> None:
         self.writes.append("event")
 
-    async def last_warning(self, *_: Any) -> str:
-        return ""
+    async def warnings(self, *_: Any) -> list[Json]:
+        return []
 
 
 def _qlorajob() -> Json:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
+from qlora_operator.observed import Complaint
 from qlorajob.errors import Reason
 from qlorajob.status import Phase
 from tests.support.reports import train_report
@@ -159,10 +161,23 @@ def test_a_missing_config_map_is_read_from_the_mounts_warning() -> None:
     world = World(qlorajob({"dataset": {"uri": "configmap://rows/train.jsonl"}}))
     world.look()
     warning = 'MountVolume.SetUp failed for volume "config-1" : configmap "rows" not found'
-    world.change("prepare", scheduled=True, warning=warning)
+    world.change("prepare", scheduled=True, complaint=Complaint(warning))
     world.look()
     assert world.reason() == Reason.CONFIG_MAP_NOT_FOUND
     assert world.message() == "spec.dataset.uri: there is no ConfigMap rows in this namespace"
+
+
+@pytest.mark.parametrize(("seconds", "stalled"), [(0, False), (2, False), (60, True)])
+def test_a_volume_that_cant_be_mounted_stalls_the_job_when_trying_again_doesnt_help(
+    seconds: int, stalled: bool
+) -> None:
+    world = World()
+    world.look()
+    said = "Unable to attach or mount volumes: no relationship found between node 'gpu-1' and this object"
+    world.change("prepare", scheduled=True, complaint=Complaint(said, timedelta(seconds=seconds)))
+    world.look()
+    assert ("Stalled" in world.true()) is stalled
+    assert (world.reason() == Reason.VOLUME_NOT_READY) is stalled
 
 
 def test_a_pod_without_a_node_shows_the_schedulers_words() -> None:

@@ -1,0 +1,55 @@
+"""What is read from the cluster's own words."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from qlora_operator.observed import Complaint, complaint
+
+
+def event(reason: str, message: str, first: str, last: str) -> dict[str, Any]:
+    """As the kubelet counts what it says again."""
+    return {
+        "metadata": {"creationTimestamp": _at(first)},
+        "reason": reason,
+        "message": message,
+        "firstTimestamp": _at(first),
+        "lastTimestamp": _at(last),
+    }
+
+
+def _at(time: str) -> str:
+    return f"2026-11-23T{time}Z"
+
+
+def test_no_event_is_no_complaint() -> None:
+    assert complaint([]) == Complaint()
+
+
+def test_a_complaint_is_the_last_event_s_and_as_old_as_the_first() -> None:
+    events = [
+        event("FailedMount", "no such volume", "10:00:05", "10:00:37"),
+        event("FailedMount", "not allowed", "10:00:00", "10:00:01"),
+    ]
+    assert complaint(events) == Complaint("no such volume", timedelta(seconds=37))
+
+
+def test_what_is_said_once_doesnt_last() -> None:
+    assert complaint([event("FailedMount", "not allowed", "10:00:00", "10:00:00")]).lasting == timedelta()
+
+
+def test_events_of_the_newer_kind_are_read_too() -> None:
+    newer = {
+        "metadata": {"creationTimestamp": _at("10:00:00")},
+        "reason": "FailedCreate",
+        "message": "exceeded quota",
+        "eventTime": "2026-11-23T10:00:00.000000Z",
+        "firstTimestamp": None,
+        "lastTimestamp": None,
+    }
+    assert complaint([newer]) == Complaint("exceeded quota")
+
+
+def test_warnings_that_arent_about_a_start_are_none_of_it() -> None:
+    assert complaint([event("Unhealthy", "probe failed", "10:00:00", "10:01:00")]) == Complaint()
