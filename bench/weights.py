@@ -3,8 +3,8 @@
     python -m bench.weights pack .bench        here: downloads SmolLM2-135M's GGUF file (98 MB), and cuts it
     python -m bench.weights take .bench/part-0 DEST    there: keeps a part; once all are there, makes a model of them
 
-A part is 32 MiB, since about 60 MiB travel with a command. DEST must outlast the commands. The GGUF file's digest is
-checked at the end, so what comes out is what dev/weights.py makes.
+A part is at most 57 MiB, since about 60 MiB travel with a command; the last is smaller, so that wheels travel with it.
+DEST must outlast the commands. The GGUF file's digest is checked at the end: what comes out is what dev/weights.py makes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import weights
 
-PART_BYTES = 32 * 2**20
+PART_BYTES = 57 * 2**20
 MODEL = "SmolLM2-135M-Instruct"
 """Folder in DEST."""
 
