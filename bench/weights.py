@@ -4,7 +4,7 @@
     python -m bench.weights take .bench/part-0 DEST    there: keeps a part; once all are there, makes a model of them
 
 A part is at most 57 MiB, since about 60 MiB travel with a command; the last is smaller, so that wheels travel with it.
-DEST must outlast the commands. The GGUF file's digest is checked at the end: what comes out is what dev/weights.py makes.
+DEST must outlast the commands. The GGUF file's digest is checked at the end: it becomes what dev/weights.py makes.
 """
 
 from __future__ import annotations

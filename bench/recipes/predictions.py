@@ -49,8 +49,9 @@ def measured(result: dict[str, Any]) -> Workload:
     if work.packing:
         return work
     rows = result["steps"] * result["microBatch"] * result["accumulation"]
-    lengths = RECIPES[result["recipe"]].lengths(rows, work.length, full=result["lengths"] == "full")
-    return replace(work, length=max(lengths))
+    full = result["lengths"] == "full"
+    lengths = RECIPES[result["recipe"]].lengths(rows, work.length, full=full)
+    return replace(work, length=max(lengths), changing=not full)
 
 
 def error(result: dict[str, Any], constants: Calibration | None = None) -> float:

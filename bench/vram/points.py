@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora_vram.catalog import find
@@ -82,10 +82,10 @@ class Point:
         return facts
 
     def workload(self) -> Workload:
-        """What the memory model is asked about."""
+        """What the memory model is asked about: all rows are of one length."""
         facts = self.facts
         shape = Shape(self.rows, min(self.checkpointed, facts.layers), offload=self.offload)
-        return workload(self.spec(3), facts, GPU, shape, self.accumulation)
+        return replace(workload(self.spec(3), facts, GPU, shape, self.accumulation), changing=False)
 
     def to_json(self) -> dict[str, Any]:
         """As it is written down."""

@@ -25,8 +25,12 @@ BLOCK: Final = 64
 """Weights that share a quantization constant (bitsandbytes' default block size)."""
 NESTED_BLOCK: Final = 256
 """Constants that share a second one, with double quantization."""
+PLAIN_SLACK: Final = 0.03
+"""Share of what comes and goes that is lost beside the usual where operations run one at a time …"""
+CHANGING_SLACK: Final = 0.1
+"""… more where micro batches are of different lengths, which leaves holes (both measured on recipe r4) …"""
 RECAST_SLACK: Final = 0.1
-"""More of what comes and goes is lost where tensors of two widths take turns (measured on recipe r4)."""
+"""… and more where tensors of two widths take turns (measured on recipe r4 in two number types)."""
 PROCESS_BYTES: Final = 4 * GIB
 """Host memory of a training process: Python, torch, CUDA, and the data."""
 FILE_CACHE_BYTES: Final = 12 * GIB
@@ -66,8 +70,7 @@ def _peak(workload: Workload, calibration: Calibration) -> Breakdown:
     # The first of equals: phases come in the order in which they happen.
     phase, largest = max(phases, key=lambda found: sum(found[1].values()))
     components = _static(workload, steps[0])
-    share = calibration.slack_share + (RECAST_SLACK if workload.recast else 0)
-    for name, size in _with_slack(largest, share).items():
+    for name, size in _with_slack(largest, slack_share(workload, calibration)).items():
         components[name] = components.get(name, 0) + size
     context = components.pop("context", 0) + calibration.context_bytes
     components |= {"slack": components.pop("slack"), "context": context}
@@ -133,6 +136,14 @@ def _components(moment: Moment, checkpoints: int, kept: int) -> dict[str, int]:
         "loss": moment.loss,
         "dequantization": moment.dequantization,
     }
+
+
+def slack_share(workload: Workload, calibration: Calibration) -> float:
+    """What the allocator holds and can't use, as a share of what comes and goes."""
+    share = calibration.slack_share + (RECAST_SLACK if workload.recast else 0)
+    if workload.engine == "plain":
+        share += PLAIN_SLACK + (CHANGING_SLACK if workload.changing else 0)
+    return share
 
 
 def _with_slack(components: Mapping[str, int], share: float) -> dict[str, int]:

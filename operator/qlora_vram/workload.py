@@ -66,6 +66,8 @@ class Workload:
     """Autocast rounds what the frozen model's products read, weights included, to another type than theirs."""
     scaled: bool = False
     """fp16: gradients are scaled, by what no CUDA graph could know."""
+    changing: bool = False
+    """Micro batches are of different lengths."""
 
     @property
     def tokens(self) -> int:
@@ -108,6 +110,7 @@ def workload(spec: QLoRAJobSpec, facts: ModelFacts, gpu: GpuClass, shape: Shape,
         autocast=types.precision != "fp32",
         recast=types.differ,
         scaled=types.precision == "fp16",
+        changing=not training.packing,
     )
 
 

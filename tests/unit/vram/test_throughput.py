@@ -25,10 +25,10 @@ QV = ("q_proj", "v_proj")
     ("model", "run", "measured"),
     [
         # docs/results/speed
-        ("Llama-3-8B", {"rows": 4, "length": 2048, "engine": "fast"}, 11_730),
-        ("Llama-3-8B", {"rows": 4, "length": 2048, "engine": "fast", "checkpointed": 0}, 15_480),
-        ("Llama-2-7B", {"rows": 4, "length": 1024, "engine": "fast", "rank": 64, "adapted": QV}, 13_718),
-        ("Llama-2-7B", {"rows": 1, "length": 512, "engine": "fast", "accumulation": 1}, 6_778),
+        ("Llama-3-8B", {"rows": 4, "length": 2048, "engine": "fast"}, 12_407),
+        ("Llama-3-8B", {"rows": 4, "length": 2048, "engine": "fast", "checkpointed": 0}, 16_198),
+        ("Llama-2-7B", {"rows": 4, "length": 1024, "engine": "fast", "rank": 64, "adapted": QV}, 13_325),
+        ("Llama-2-7B", {"rows": 1, "length": 512, "engine": "fast", "accumulation": 1}, 8_222),
         ("Llama-2-70B", {"rows": 1, "length": 512, "engine": "fast", "accumulation": 1}, 902),
         # transformers and PEFT, one operation at a time
         ("Llama-3-8B", {"rows": 4, "length": 2048, "engine": "plain"}, 7_179),
@@ -65,6 +65,11 @@ def test_small_micro_batches_are_bound_by_launches() -> None:
     """A faster GPU doesn't help them."""
     work = workload(LLAMA_8B, 1, 128)
     assert micro_batch_seconds(work, H100) == micro_batch_seconds(work, A100)
+
+
+def test_rows_of_changing_lengths_dont_count_on_graphs() -> None:
+    even = workload(LLAMA_8B, 1, 512, engine="fast")
+    assert tokens_per_second(replace(even, changing=True), H100) < tokens_per_second(even, H100) / 2
 
 
 def test_long_rows_pay_for_attention() -> None:
