@@ -32,6 +32,24 @@ def first_runs(namespace: Namespace, s3: Any, tiny_inputs: Path) -> dict[str, Ma
     return {name: namespace.wait(name, "Complete") for name in FIRST}
 
 
+EDITS: dict[str, Manifest] = {
+    "edited": {"training": {"learningRate": 1e-3}},
+    "data": {"dataset": {"uri": f"s3://{BUCKET}/v2"}},
+}
+
+
+@pytest.fixture(scope="module")
+def second_runs(namespace: Namespace, s3: Any, first_runs: dict[str, Manifest]) -> dict[str, Manifest]:
+    """The same of two of them, edited so that they run again."""
+    more = tiny.jsonl() + tiny.jsonl().splitlines(keepends=True)[0]
+    s3.put_object(Bucket=BUCKET, Key="v2/rows.jsonl", Body=more)
+    for name, spec in EDITS.items():
+        namespace.apply(tiny_manifest(namespace, name, spec))
+    for name in EDITS:
+        namespace.wait_for(name, "{.status.observedGeneration}=2")
+    return {name: namespace.wait(name, "Complete") for name in EDITS}
+
+
 @pytest.fixture
 def started(namespace: Namespace, manifest: Callable[..., Manifest]) -> Callable[[str], Manifest]:
     """Start a run that wouldn't end by itself within the test, and wait until it trains."""
@@ -47,12 +65,9 @@ def started(namespace: Namespace, manifest: Callable[..., Manifest]) -> Callable
 
 
 def test_a_result_field_starts_a_new_run_and_keeps_the_old_ones_artifacts(
-    namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest], s3: Any
+    namespace: Namespace, first_runs: dict[str, Manifest], second_runs: dict[str, Manifest], s3: Any
 ) -> None:
-    first = first_runs["edited"]
-    namespace.apply(manifest("edited", {"training": {"learningRate": 1e-3}}))
-    namespace.wait_for("edited", "{.status.observedGeneration}=2")
-    second = namespace.wait("edited", "Complete")
+    first, second = first_runs["edited"], second_runs["edited"]
     assert second["run"]["id"] != first["run"]["id"]
     assert [entry["id"] for entry in second["history"]] == [first["run"]["id"]]
     assert second["history"][0]["outcome"] == "Succeeded"
@@ -62,13 +77,9 @@ def test_a_result_field_starts_a_new_run_and_keeps_the_old_ones_artifacts(
 
 
 def test_a_new_revision_of_the_data_starts_a_new_run(
-    namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest], s3: Any
+    first_runs: dict[str, Manifest], second_runs: dict[str, Manifest]
 ) -> None:
-    more = tiny.jsonl() + tiny.jsonl().splitlines(keepends=True)[0]
-    s3.put_object(Bucket=BUCKET, Key="v2/rows.jsonl", Body=more)
-    namespace.apply(manifest("data", {"dataset": {"uri": f"s3://{BUCKET}/v2"}}))
-    namespace.wait_for("data", "{.status.observedGeneration}=2")
-    assert namespace.wait("data", "Complete")["run"]["id"] != first_runs["data"]["run"]["id"]
+    assert second_runs["data"]["run"]["id"] != first_runs["data"]["run"]["id"]
 
 
 def test_a_field_that_leaves_the_result_alone_starts_nothing(

@@ -7,13 +7,16 @@ import json
 import secrets
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from cluster.layout import PROMETHEUS_PORT
 from demo.verify import list_keys
 from qlorajob.names import METRICS_PORT
-from tests.e2e.conftest import BUCKET
+from tests.e2e.conftest import BUCKET, tiny_manifest
 from tests.support.identities import Identity, identity
 from tests.support.live import Manifest, Namespace, eventually, write_s3_secret
 
@@ -21,29 +24,33 @@ TOKEN = f"hf_{secrets.token_hex(17)}"
 KINDS = "events,qlorajobs,configmaps,jobs,pods,resourceclaims"
 
 
-def test_credentials_of_a_job_that_succeeds_are_seen_nowhere(
-    namespace: Namespace, manifest: Callable[..., Manifest], s3: Any
-) -> None:
+UNKNOWN = Identity(f"unknown-{secrets.token_hex(8)}", secrets.token_hex(20))
+"""Of nobody: the server's own answer holds the key's id."""
+
+
+@pytest.fixture(scope="module")
+def known(namespace: Namespace, s3: Any, tiny_inputs: Path) -> Identity:
+    """The credentials of the job that succeeds. The one that fails runs beside it."""
     keys = identity(namespace.cluster, "marked")
-    namespace.apply(_job(namespace, manifest, "good", keys))
+    namespace.apply(_job(namespace, "good", keys))
+    namespace.apply(_job(namespace, "bad", UNKNOWN))
+    return keys
+
+
+def test_credentials_of_a_job_that_succeeds_are_seen_nowhere(namespace: Namespace, known: Identity, s3: Any) -> None:
     namespace.wait_for("good", "{.status.phase}=Training")
     trainer = eventually(lambda: _metrics(namespace, "good"), 120, "the trainer's metrics")
     assert "qlora_train" in trainer
     namespace.wait("good", "Complete")
     said = dict(_everything(namespace, s3, "good"), trainer=trainer)
     assert {"prepare", "train", "merge"} <= {name.partition(" ")[0] for name in said}
-    assert _found(said, keys) == []
+    assert _found(said, known) == []
 
 
-def test_credentials_of_a_job_that_fails_are_seen_nowhere(
-    namespace: Namespace, manifest: Callable[..., Manifest], s3: Any
-) -> None:
-    """The server's own answer holds the key's id."""
-    unknown = Identity(f"unknown-{secrets.token_hex(8)}", secrets.token_hex(20))
-    namespace.apply(_job(namespace, manifest, "bad", unknown))
+def test_credentials_of_a_job_that_fails_are_seen_nowhere(namespace: Namespace, known: Identity, s3: Any) -> None:
     status = namespace.wait("bad", "Failed")
     assert "spec.output.credentialsSecretRef" in json.dumps(status["conditions"])
-    assert _found(dict(_everything(namespace, s3, "bad")), unknown) == []
+    assert _found(dict(_everything(namespace, s3, "bad")), UNKNOWN) == []
 
 
 def test_the_search_finds_what_is_there(namespace: Namespace) -> None:
@@ -55,7 +62,7 @@ def test_the_search_finds_what_is_there(namespace: Namespace) -> None:
     ]
 
 
-def _job(namespace: Namespace, manifest: Callable[..., Manifest], name: str, keys: Identity) -> Manifest:
+def _job(namespace: Namespace, name: str, keys: Identity) -> Manifest:
     write_s3_secret(namespace, name, **keys.values())
     write_s3_secret(namespace, f"{name}-hub", token=TOKEN)
     spec = {
@@ -64,7 +71,7 @@ def _job(namespace: Namespace, manifest: Callable[..., Manifest], name: str, key
         "merge": {"enabled": True},
         "output": {"credentialsSecretRef": {"name": name}},
     }
-    return manifest(name, spec)
+    return tiny_manifest(namespace, name, spec)
 
 
 def _metrics(namespace: Namespace, name: str) -> str:
