@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qlorajob.errors import ExitCode
 from qlorajob.names import KIND
@@ -35,9 +35,12 @@ def read_document(path: Path) -> dict[str, Any]:
         ManifestError: not YAML, no or several QLoRAJobs.
     """
     try:
-        documents: list[Any] = [doc for doc in YAML(typ="safe", pure=True).load_all(path) if doc is not None]
+        with path.open("rb") as file:  # bytes, since YAML may be UTF-16 too, and says so itself
+            documents: list[Any] = [doc for doc in YAML(typ="safe", pure=True).load_all(file) if doc is not None]
     except YAMLError as error:
-        raise ManifestError(f"{path} is not valid YAML: {error}") from None
+        raise ManifestError(f"{path} is not valid YAML: {_words(error)}") from None
+    except RecursionError:
+        raise ManifestError(f"{path} is not a manifest: its lists and mappings are nested too deeply") from None
     jobs = [doc for doc in documents if isinstance(doc, dict) and doc.get("kind") == KIND]
     if len(jobs) != 1:
         raise ManifestError(f"{path} holds {len(jobs)} {KIND} manifests; it must hold exactly one")
@@ -55,3 +58,10 @@ def parse_document(document: dict[str, Any], path: Path) -> QLoRAJob:
         return parse(document, local=True)
     except InvalidManifest as error:
         raise ManifestError(f"{path} is not a valid {KIND}:\n{error}") from None
+
+
+def _words(error: YAMLError) -> str:
+    """What is wrong and where, without the advice to programmers that comes with some of it."""
+    if isinstance(error, MarkedYAMLError):
+        error.note = None
+    return str(error).strip()

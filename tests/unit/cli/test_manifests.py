@@ -51,6 +51,33 @@ def test_what_is_no_yaml_is_said_with_its_line(write: Callable[[str], Path]) -> 
         load_manifest(write("kind: QLoRAJob\n  bad: ["))
 
 
+def test_a_field_that_is_there_twice_is_said_with_its_line_and_no_advice(write: Callable[[str], Path]) -> None:
+    with pytest.raises(ManifestError, match='duplicate key "kind"') as refused:
+        load_manifest(write("kind: QLoRAJob\nkind: QLoRAJob\n"))
+    assert "line 2" in str(refused.value)
+    assert "http" not in str(refused.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_manifest_says_itself_how_it_is_encoded(tmp_path: Path, encoding: str) -> None:
+    """PowerShell's `>` writes UTF-16, Notepad a mark before UTF-8."""
+    path = tmp_path / "job.yaml"
+    path.write_bytes(JOB.encode(encoding))
+    assert load_manifest(path).metadata.name == "small"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"kind: \xff\n", "not valid YAML"), (b"[" * 5000, "nested too deeply"), (b"kind: &a [*a]\n", "holds 0 QLoRAJob")],
+    ids=["bytes", "depth", "loop"],
+)
+def test_what_is_no_manifest_at_all_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ManifestError, match=says):
+        load_manifest(path)
+
+
 def test_every_problem_is_named(write: Callable[[str], Path]) -> None:
     with pytest.raises(ManifestError) as refused:
         load_manifest(write(JOB.replace("2e-4", "-1") + "  lora: {rank: 0}\n"))
