@@ -74,12 +74,12 @@ class Columns:
         return [self.names[part] for part in REQUIRED[self.format] if part in self.names]
 
     def text(self, row: Row, part: str) -> str:
-        """The part of a row as text: empty when it isn't there."""
+        """The part of a row as text: empty when it isn't there, or not a number."""
         value = row.values.get(self.names.get(part, ""))
-        if value is None:
+        if value is None or value != value:  # pandas writes NaN for what is missing
             return ""
         if isinstance(value, str | int | float):
-            return str(value)
+            return _whole(str(value), row, self.names[part])
         message = f"dataset: {row.where}: column {self.names[part]} holds {type(value).__name__}, not text"
         raise StepError(Reason.DATASET_INVALID, message, field=f"dataset.columns.{part}")
 
@@ -146,7 +146,8 @@ class Encoder:
         ]
         if not rendered:
             return
-        texts = [text for text, _ in rendered]
+        column = self.columns.names["messages"]
+        texts = [_whole(text, row, column) for (text, _), row in zip(rendered, rows, strict=True)]
         encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=self._tokenizer.is_fast)
         offsets = encoded.get("offset_mapping") or [None] * len(texts)
         for (text, spans), ids, places in zip(rendered, encoded["input_ids"], offsets, strict=True):
@@ -160,6 +161,17 @@ class Encoder:
             return []
         end = self._tokenizer.eos_token_id
         return [ids if ids and ids[-1] == end else [*ids, end] for ids in self._tokenizer(texts)["input_ids"]]
+
+
+def _whole(text: str, row: Row, column: str) -> str:
+    """The text, unless JSON's escapes left half of a character in it, which no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start]).strip("'")
+        message = f"dataset: {row.where}: column {column} holds {half}, half of a character: mend or drop it"
+        raise StepError(Reason.DATASET_INVALID, message, field="dataset.uri") from None
+    return text
 
 
 def _required(spec: DatasetSpec) -> dict[Format, tuple[str, ...]]:

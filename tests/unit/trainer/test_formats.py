@@ -106,6 +106,7 @@ def test_a_prompt_is_the_input_of_such_a_template(tokenizer: Any) -> None:
     [
         {"text": "  "},
         {"text": None},
+        {"text": float("nan")},
         {"instruction": "x", "output": ""},
         {"prompt": "x", "completion": " "},
         {"messages": []},
@@ -122,6 +123,11 @@ def test_a_row_with_nothing_to_learn_is_dropped(tokenizer: Any, record: dict[str
         ({"text": ["x"]}, "line 1: column text holds list, not text"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "line 1: column messages must be a list of messages"),
         ({"messages": "hello"}, "line 1: column messages must be a list of messages"),
+        ({"text": "\ud83d"}, r"line 1: column text holds \\ud83d, half of a character"),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\ud83d"}]},
+            r"line 1: column messages holds \\ud83d",
+        ),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_with_its_row(tokenizer: Any, record: dict[str, Any], words: str) -> None:
