@@ -141,7 +141,8 @@ def _check_target_modules(model: Outline, model_type: str, spec: QLoRAJobSpec) -
     layers, head = model.linear_paths(), model.head_path()
     absent = [name for name in wanted if not any(_is_target(layer, name) for layer in layers)]
     if absent:
-        message = f"{field}: the model has no linear layer {', '.join(absent)}; it has {_short_names(layers)}"
+        there = _short_names(layer for layer in layers if layer != head)
+        message = f"{field}: the model has no linear layer {', '.join(absent)}; it has {there}"
         raise StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field=field)
     heads = [name for name in wanted if head and _is_target(head, name)]
     if heads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def test_a_family_that_is_not_known_is_built_and_looked_at(job: Job, model_of: M
             ["q_proj", "query_key_value"],
             Reason.TARGET_MODULES_NOT_FOUND,
             "the model has no linear layer query_key_value; "
-            "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head",
+            "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj$",
         ),
         (
             ["layers.2.mlp.up_proj"],
@@ -115,7 +116,7 @@ def test_target_modules_are_checked_the_same_way_with_torch_and_without(
     with pytest.raises(StepError) as refused:
         job.prepare()
     assert (refused.value.reason, refused.value.field) == (reason, "lora.targetModules")
-    assert words in refused.value.message
+    assert re.search(words, refused.value.message)
 
 
 @pytest.mark.parametrize("target", ["q_proj", "mlp.up_proj", "model.layers.1.self_attn.o_proj"])
