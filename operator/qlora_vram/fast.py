@@ -3,7 +3,7 @@
 A layer keeps (`fast.layer.Kept`) its input, the rotated q, k and v, attention's result with a float32 for each head,
 the residual stream between attention and feed-forward part, gate and up, and the products of LoRA's A. Norms,
 activation and dropout masks are computed again. Nothing is as long as a row times a row. All weights are dequantized
-into one buffer, which stays. Unsloth's layers keep the same tensors.
+into one buffer, which stays.
 """
 
 from __future__ import annotations

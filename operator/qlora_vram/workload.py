@@ -15,6 +15,7 @@ from qlorajob.spec import QLoRAJobSpec
 Engine = Literal["plain", "fast"]
 """The trainer's two ways through a decoder layer: transformers' and PEFT's modules, or `qlora_trainer.fast`."""
 Strategy = Literal["single", "ddp", "fsdp"]
+Backend = Literal["hf", "unsloth"]
 
 LENGTH_MULTIPLE: Final = 64
 """On a GPU rows are filled up to a multiple of this: what its matrix units work in, and few different shapes. The
@@ -58,6 +59,7 @@ class Workload:
     accumulation: int = 1
     """Micro batches that make one step."""
     engine: Engine = "plain"
+    backend: Backend = "hf"
     compute_bytes: int = 2
     """Bytes of a number in the frozen model's products."""
     autocast: bool = True
@@ -106,6 +108,7 @@ def workload(spec: QLoRAJobSpec, facts: ModelFacts, gpu: GpuClass, shape: Shape,
         packing=training.packing,
         accumulation=accumulation,
         engine=engine(spec, facts, gpu, shape),
+        backend=training.backend,
         compute_bytes=4 if types.compute == "float32" else 2,
         autocast=types.precision != "fp32",
         recast=types.differ,
@@ -120,11 +123,9 @@ def types_on(gpu: GpuClass, spec: QLoRAJobSpec) -> NumberTypes:
 
 
 def engine(spec: QLoRAJobSpec, facts: ModelFacts, gpu: GpuClass, shape: Shape) -> Engine:
-    """Which way through a layer the trainer takes. Unsloth's layers keep what the fast ones keep."""
-    if spec.training.backend == "unsloth":
-        return "fast"
+    """Which way through a layer the trainer takes. Unsloth's is its own, and takes no more than the plain one."""
     covered = facts.model_type in FAST_FAMILIES and not facts.windowed and spec.lora.bias == "none"
-    covered = covered and types_on(gpu, spec).narrow
+    covered = covered and spec.training.backend == "hf" and types_on(gpu, spec).narrow
     return "fast" if covered and gpu.compute_capability >= FAST_CAPABILITY and shape.gpus == 1 else "plain"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast, get_args
 
-from qlora_trainer import disk, logs
+from qlora_trainer import disk, logs, unsloth_backend
 from qlora_trainer.context import Context, Outcome
 from qlora_trainer.libraries import NOT_USED, as_if_absent
 from qlora_trainer.settings import Settings, arrange_environment
@@ -55,8 +55,9 @@ def run_step(step: Step) -> RunReport:
         run = config.prepared.run_id if config.prepared else None
         logs.configure(step=step, job=f"{config.namespace}/{config.name}".lstrip("/"), run=run)
         arrange_environment(os.environ, settings)
-        # Code that comes with a model may want any package that is there.
-        with as_if_absent(() if trusts_remote_code(settings) else NOT_USED):
+        # Code that comes with a model may want any package that is there; Unsloth wants many.
+        wants_any = trusts_remote_code(settings) or unsloth_backend.wanted(settings.spec)
+        with as_if_absent(() if wants_any else NOT_USED):
             command = importlib.import_module(f"qlora_trainer.{step}")
             command.run(Context(settings, stop, outcome))
     except (Exception, Stopped) as error:

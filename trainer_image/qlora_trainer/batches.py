@@ -82,6 +82,9 @@ class Collator:
     packed: bool
     multiple: int = 1
     """Every length is a multiple of this."""
+    end_to_end: bool = False
+    """Packed sequences of a batch come as one: Unsloth's layers keep documents apart only then. A document's first
+    token is never learnt, so that the loss is the same."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One batch."""
@@ -103,6 +106,8 @@ class Collator:
             batch[LONGEST_DOCUMENT] = max(sizes)
         else:
             batch["attention_mask"] = _padded([[1] * len(example["input_ids"]) for example in examples], length, 0)
+        if self.packed and self.end_to_end:
+            batch |= {key: batch[key].view(1, -1) for key in ("input_ids", "labels", "position_ids")}
         batch[TOKEN_COUNT] = sum(len(example["input_ids"]) for example in examples)
         return batch
 

@@ -36,7 +36,7 @@ def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
         device_map={"": 0 if hardware.on_gpu else "cpu"},
         trust_remote_code=trusts_remote_code(settings),
     )
-    _require_quantized_layers(model)
+    require_quantized_layers(model)
     _keep_cpu_weights_trainable(model)
     model.config.use_cache = False
     if getattr(model.config, "pretraining_tp", 1) != 1:
@@ -72,8 +72,13 @@ def add_adapter(model: Any, spec: LoraSpec) -> Any:
     try:
         return get_peft_model(model, lora_config(spec))
     except ValueError as error:
-        message = f"lora.targetModules: PEFT refuses: {str(error).splitlines()[0]}"
-        raise StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field="lora.targetModules") from None
+        raise targets_refused(error) from None
+
+
+def targets_refused(error: ValueError) -> StepError:
+    """The error that says to the user that PEFT finds no such layers."""
+    message = f"lora.targetModules: PEFT refuses: {str(error).splitlines()[0]}"
+    return StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field="lora.targetModules")
 
 
 def lora_config(spec: LoraSpec) -> LoraConfig:
@@ -121,7 +126,7 @@ def _second_logits(model: Any, *, first_token: int, length: int = 8) -> torch.Te
     return output.logits[0, length:]  # type: ignore[no-any-return]
 
 
-def _require_quantized_layers(model: Any) -> None:
+def require_quantized_layers(model: Any) -> None:
     """Refuse a model that stayed in 16 bit as a whole: it would train, in four times the memory that was planned."""
     if any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()):
         return

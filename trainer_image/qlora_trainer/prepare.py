@@ -5,10 +5,9 @@ Checks the output, the model and the data, names the run, counts its steps; and 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 
-from qlora_trainer import gguf_export
+from qlora_trainer import gguf_export, unsloth_backend
 from qlora_trainer.artifacts import RunStore, check_output, open_output
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
@@ -39,6 +38,8 @@ def run(context: Context) -> None:
     clock.lap("model")
 
     facts = inspect_model(source, settings)
+    if unsloth_backend.wanted(spec):
+        unsloth_backend.refuse_model(source.metadata_folder(), spec)
     tokenizer = load_tokenizer(source.metadata_folder(), settings)
     clock.lap("facts")
 
@@ -79,12 +80,8 @@ def run(context: Context) -> None:
 
 def refuse_unsupported(spec: QLoRAJobSpec) -> None:
     """Refuse what the API has a field for but this version can't do yet."""
-    if spec.training.backend == "unsloth" and importlib.util.find_spec("unsloth") is None:
-        message = "training.backend: this trainer image has no unsloth; set hf, or use an image that has it"
-        raise StepError(Reason.UNSUPPORTED, message, field="training.backend")
-    if spec.training.backend == "unsloth":
-        message = "training.backend: unsloth comes with a later version; set hf"
-        raise StepError(Reason.UNSUPPORTED, message, field="training.backend")
+    if unsloth_backend.wanted(spec):
+        unsloth_backend.refuse_unsupported(spec)
     if isinstance(spec.resources.gpus, int) and spec.resources.gpus > 1:
         message = "resources.gpus: training on several GPUs comes with a later version; set 1 or auto"
         raise StepError(Reason.UNSUPPORTED, message, field="resources.gpus")

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer import evaluation, logs, training
+from qlora_trainer import evaluation, logs, training, unsloth_backend
 from qlora_trainer import model as models
 from qlora_trainer.artifacts import RunStore
 from qlora_trainer.callbacks import CheckpointCallback, ProgressCallback
@@ -147,10 +147,12 @@ def load(context: Context, plan: Plan, clock: Clock) -> Ingredients:
     clock.lap("data")
 
     training.seed_everything(spec.training.seed)  # the adapter's first matrix is random
-    model = models.load_quantized(folder, settings, hardware)
+    if unsloth_backend.wanted(spec):
+        model = unsloth_backend.load(folder, settings, plan, hardware)
+    else:
+        model = models.add_adapter(models.load_quantized(folder, settings, hardware), spec.lora)
     if spec.training.packing:
         models.require_isolated_documents(model)
-    model = models.add_adapter(model, spec.lora)
     clock.lap("load")
     prompts = [data.encoder.prompt_ids(prompt) for prompt in spec.evaluation.prompts]
     return Ingredients(hardware, tokenizer, data, model, prompts)

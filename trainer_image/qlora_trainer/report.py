@@ -8,6 +8,7 @@ import platform
 from datetime import UTC, datetime
 from typing import Any
 
+from qlora_trainer import unsloth_backend
 from qlora_trainer.data import TrainingData
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.journal import Journal
@@ -28,19 +29,22 @@ LIBRARIES = (
     "transformers",
     "trl",
 )
-"""Libraries whose version can change a result."""
+"""Libraries whose version can change a result …"""
+UNSLOTH = ("unsloth", "unsloth_zoo")
+"""… and those that can in a run of that backend."""
 
 
 def provenance(settings: Settings) -> Provenance:
     """Where the result came from."""
     prepared = settings.prepared
+    libraries = LIBRARIES + (UNSLOTH if unsloth_backend.wanted(settings.spec) else ())
     return Provenance(
         model_uri=settings.spec.model.uri,
         model_revision=prepared.model_revision,
         dataset_uri=settings.spec.dataset.uri,
         dataset_digest=prepared.dataset_digest,
         image=settings.config.image,
-        versions={"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+        versions={"python": platform.python_version()} | {name: _version(name) for name in libraries},
         seed=settings.spec.training.seed,
         spec=settings.spec.to_wire(),
     )

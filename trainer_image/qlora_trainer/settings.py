@@ -88,6 +88,8 @@ def arrange_environment(env: MutableMapping[str, str], settings: Settings) -> No
         # Threads that wait for each other sleep instead of spinning: on a node whose cores are shared, spinning made
         # a step cost three to five times the CPU.
         "OMP_WAIT_POLICY": "PASSIVE",
+        "UNSLOTH_COMPILE_LOCATION": str(work / "unsloth"),
+        "UNSLOTH_DISABLE_STATISTICS": "1",
         "MPLCONFIGDIR": str(work / "matplotlib"),
         "USER": "qlora",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from qlora_trainer import unsloth_backend
 from qlora_trainer.artifacts import RunStore
 from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.clock import Clock
@@ -51,6 +52,8 @@ def _train(context: Context, store: RunStore) -> ArtifactManifest:
 
     clock = Clock(logger)
     read_ahead(weights_on_disk(settings))  # while Python imports
+    if unsloth_backend.wanted(settings.spec):
+        unsloth_backend.import_unsloth(plan)
     train_adapter = import_recipe()
     clock.lap("imports")
     try:

@@ -13,6 +13,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
+from qlora_trainer import unsloth_backend
 from qlora_trainer.batches import TOKEN_COUNT, Collator, as_dataset, model_inputs
 from qlora_trainer.data import TrainingData
 from qlora_trainer.evaluation import mean_loss
@@ -47,8 +48,19 @@ class SimilarLengths(LengthGroupedSampler):  # type: ignore[misc]
         return super().__iter__()
 
 
+class Unsloth(TrainerCallback):  # type: ignore[misc]
+    """Readies Unsloth's model, which may have answered prompts before."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+        """Before the first step, of a run that resumes too."""
+        unsloth_backend.ready_to_train(model)
+
+
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that counts tokens, evaluates token by token, and never asks the GPU for a number inside a step."""
+
+    get_batch_samples = transformers.Trainer.get_batch_samples
+    """Counts what a step's loss is divided by. Named here since Unsloth, once it loads a model, has its own in there."""
 
     def __init__(self, *, plan: Plan, shapes: Shapes, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -149,7 +161,7 @@ def make_trainer(
     train_rows = as_dataset(data.train, folder)
     held_out = as_dataset(data.validation, folder) if data.validation else None
     lengths = {length for rows in (train_rows, held_out) if rows is not None for length in rows.unique("length")}
-    packed = spec.training.packing
+    packed, unsloth = spec.training.packing, unsloth_backend.wanted(spec)
     shapes = Shapes.of(plan.micro_batch_size, lengths, spec.training.max_sequence_length, packed=packed)
     trainer = Trainer(
         plan=plan,
@@ -160,11 +172,17 @@ def make_trainer(
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=Collator(
-            tokenizer.pad_token_id, packed=packed, multiple=shapes.multiple if hardware.on_gpu else 1
+            tokenizer.pad_token_id,
+            packed=packed,
+            multiple=shapes.multiple if hardware.on_gpu else 1,
+            end_to_end=unsloth,
         ),
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
+    if unsloth:  # whose layers are fast, and checkpointed, in its own way
+        trainer.add_callback(Unsloth())
+        return trainer
     trainer.use_fast_path(hardware, shapes)
     if trainer.fast is None:
         hardware.degrade(checkpoint_layers(model, plan))
