@@ -148,7 +148,7 @@ def load(context: Context, plan: Plan, clock: Clock) -> Ingredients:
 
     training.seed_everything(spec.training.seed)  # the adapter's first matrix is random
     if unsloth_backend.wanted(spec):
-        model = unsloth_backend.load(folder, settings, plan, hardware)
+        model = unsloth_backend.load(folder, tokenizer, settings, plan, hardware)
     else:
         model = models.add_adapter(models.load_quantized(folder, settings, hardware), spec.lora)
     if spec.training.packing:

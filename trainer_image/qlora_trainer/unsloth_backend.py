@@ -6,6 +6,7 @@ adapter files and report. Nothing here is imported from Unsloth before `import_u
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import json
@@ -13,6 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -65,7 +67,7 @@ def refuse_model(metadata: Path, spec: QLoRAJobSpec) -> None:
 
     `metadata` is the folder with its config.json, which can be read.
     """
-    config: Mapping[str, Any] = json.loads((metadata / "config.json").read_text(encoding="utf-8"))
+    config = _config(metadata)
     family, longest = config.get("model_type"), config.get("max_position_embeddings")
     if family not in FAMILIES:
         raise _refused(FIELD, f"unsloth has no layers of its own for {family}, only for {', '.join(FAMILIES)}; set hf")
@@ -89,7 +91,7 @@ def import_unsloth(plan: Plan) -> None:
         import unsloth  # noqa: F401
 
 
-def load(folder: Path, settings: Settings, plan: Plan, hardware: Hardware) -> Any:
+def load(folder: Path, tokenizer: Any, settings: Settings, plan: Plan, hardware: Hardware) -> Any:
     """The base model in 4 bit with a fresh adapter, both as Unsloth makes them."""
     from unsloth import FastLanguageModel
 
@@ -108,6 +110,8 @@ def load(folder: Path, settings: Settings, plan: Plan, hardware: Hardware) -> An
             use_gradient_checkpointing=policy,
             use_exact_model_name=True,  # else it looks for a copy of the model that is quantized already
             offload_embedding=False,
+            tokenizer_name=str(_tokenizer_for_unsloth(tokenizer, folder, settings)),
+            fix_tokenizer=False,
             local_files_only=True,
         )
         require_quantized_layers(model)
@@ -148,6 +152,25 @@ def _targets(spec: LoraSpec, model_type: str) -> str | list[str]:
 
         return list(KNOWN[model_type])
     return spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
+
+
+def _tokenizer_for_unsloth(tokenizer: Any, model: Path, settings: Settings) -> Path:
+    """A folder with a tokenizer that is Unsloth's alone: nobody else reads it.
+
+    Unsloth takes a padding token that also ends texts for a mistake, and adds one to tokenizer and model; of any other
+    it sets the embedding to zero, unless the model's config says that it ends texts. So here they have changed places.
+    """
+    folder, own = settings.folder("unsloth-tokenizer"), copy.deepcopy(tokenizer)
+    ends = _config(model).get("eos_token_id") or own.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    own.pad_token = own.convert_ids_to_tokens(ends[0])
+    own.eos_token = own.convert_ids_to_tokens(next(number for number in count() if number not in ends))
+    own.save_pretrained(str(folder))
+    return folder
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_adapter(
     run = Run.of(tmp_path, model_folder, instructions)
     assert run.train(STOPPED_STEP).exit_code == ExitCode.INTERRUPTED
     assert run.train().exit_code == ExitCode.DONE
-    assert run.report["resumedAt"] == [STOP_AFTER]
+    assert run.report["training"]["resumedAt"] == [STOP_AFTER]
     assert all(torch.equal(tensor, run.tensors[name]) for name, tensor in trained.tensors.items())
 
 
