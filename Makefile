@@ -111,6 +111,9 @@ lock: setup ## Pin requirements/*.txt anew from requirements/*.in
 	for set in operator trainer; do \
 	  $(UV) pip compile --quiet --python-version 3.11 --no-header --no-annotate --no-emit-index-url \
 	    requirements/$$set.in -c requirements/dev.txt -o requirements/$$set.txt; done
+	cp requirements/trainer.txt requirements/unsloth.txt  # what is pinned in there stays
+	$(UV) pip compile --quiet --python-version 3.11 --no-header --no-annotate --no-emit-index-url \
+	  requirements/unsloth.in --override requirements/unsloth-overrides.txt -o requirements/unsloth.txt
 
 .PHONY: images
 images: setup ## Build the operator and trainer images with buildah and load them into the local cluster

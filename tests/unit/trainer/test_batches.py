@@ -54,6 +54,15 @@ def test_packed_positions_start_again_at_each_document() -> None:
     assert _batch(packed=True)["position_ids"] == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]]
 
 
+def test_packed_rows_laid_end_to_end_are_one_row_of_the_same_documents() -> None:
+    table = as_dataset(CORPUS)
+    batch = Collator(PAD, packed=True, end_to_end=True)([table[0], table[1]])
+    rows = _batch(packed=True)
+    for key in ("input_ids", "labels", "position_ids"):
+        assert batch[key].tolist() == [rows[key][0] + rows[key][1]]
+    assert batch[TOKEN_COUNT] == rows[TOKEN_COUNT]
+
+
 def test_packed_batches_have_no_attention_mask() -> None:
     assert "attention_mask" not in _batch(packed=True)
 

@@ -90,6 +90,12 @@ def test_code_that_comes_with_a_model_finds_every_package(own_code: bool, job: J
     assert f"torchvision: {own_code}" in _python(RUN_A_STEP, rich_image, **job.environment(config))
 
 
+@pytest.mark.parametrize("backend", ["hf", "unsloth"])
+def test_unsloth_finds_every_package(backend: str, job: Job, rich_image: Path) -> None:
+    config = job.change(training={"backend": backend}).config()
+    assert f"torchvision: {backend == 'unsloth'}" in _python(RUN_A_STEP, rich_image, **job.environment(config))
+
+
 def test_a_package_is_absent_for_a_while(rich_image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(rich_image))
     with as_if_absent(["swanlab"]):
