@@ -60,7 +60,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that counts tokens, evaluates token by token, and never asks the GPU for a number inside a step."""
 
     get_batch_samples = transformers.Trainer.get_batch_samples
-    """Counts what a step's loss is divided by. Named here since Unsloth, once it loads a model, has its own in there."""
+    """Counts what a step's loss is divided by. Named here since Unsloth puts its own in there when it loads a model."""
 
     def __init__(self, *, plan: Plan, shapes: Shapes, **arguments: Any) -> None:
         super().__init__(**arguments)

@@ -76,6 +76,13 @@ def test_peak_and_speed_are_in_the_status() -> None:
     assert memory.predicted_bytes
 
 
+def test_a_run_with_unsloth_teaches_nothing_but_is_in_the_status() -> None:
+    world = after(-0.15, L4 | {"training": {**L4["training"], "backend": "unsloth"}})
+    assert world.observations.entries == {}
+    assert world.status.memory is not None
+    assert world.status.memory.peak_bytes
+
+
 def test_a_run_without_a_gpu_teaches_nothing() -> None:
     world = World()
     world.prepare()

@@ -1,9 +1,9 @@
 """training.backend: unsloth, on Unsloth's CPU backend: the same manifest gives the same outputs.
 
-`.venv` has no Unsloth, which would pull torch's neighbours in. Where these tests ran:
-    uv venv /tmp/unsloth && echo $PWD/.venv/lib/python3.11/site-packages > /tmp/unsloth/lib/python3.11/site-packages/a.pth \
-      && uv pip install --python /tmp/unsloth/bin/python --no-deps $(comm -13 requirements/{trainer,unsloth}.txt) \
-      && /tmp/unsloth/bin/python -m pytest -n0 tests/unit/trainer/test_unsloth.py
+`.venv` has no Unsloth. This gives it to an environment on top of that one, and runs them:
+    uv venv /tmp/u && echo $PWD/.venv/lib/python3.11/site-packages > /tmp/u/lib/python3.11/site-packages/venv.pth \
+      && uv pip install --python /tmp/u/bin/python --no-deps $(comm -13 requirements/{trainer,unsloth}.txt) \
+      && /tmp/u/bin/python -m pytest -n0 tests/unit/trainer/test_unsloth.py
 """  # fmt: skip
 
 from __future__ import annotations
@@ -156,4 +156,3 @@ def test_its_adapter_is_merged(trained: Run) -> None:
     merged = trained.job.run("merge", trained.job.config(trained.prepared)).artifacts
     assert merged is not None
     assert merged.merged is not None
-
