@@ -130,6 +130,19 @@ def test_the_losses_are_the_same(trained: Run, reference: Run) -> None:
     assert trained.report["loss"]["evalTuned"] == pytest.approx(reference.report["loss"]["evalTuned"], rel=1e-3)
 
 
+def test_padded_rows_and_peft_s_own_choice_of_layers_give_the_same_losses_too(
+    tmp_path: Path, model_folder: Path, instructions: Path
+) -> None:
+    changes = {"training": {"packing": False}, "lora": {"targetModules": "default"}}
+    run = Run.of(tmp_path / "unsloth", model_folder, instructions)
+    run.job.change(**changes)
+    expected = Run(Job(tmp_path / "hf", model_folder, instructions).change(**EVERYTHING).change(**changes))
+    expected.job.train(expected.prepared, micro_batch=2)
+    assert run.train().exit_code == ExitCode.DONE
+    assert run.curve == pytest.approx(expected.curve, rel=1e-3)
+    assert run.tensors.keys() == expected.tensors.keys()
+
+
 def test_the_base_answers_alike(trained: Run, reference: Run) -> None:
     assert trained.report["prompts"][0]["before"] == reference.report["prompts"][0]["before"]
 
