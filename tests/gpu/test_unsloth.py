@@ -23,8 +23,7 @@ MODEL = Shape("llama", 512, 1024, 3, 4, 2, 2048)
 ROWS, LENGTH, STEPS = 64, 512, 8
 WAYS = {
     "packed": ({"packing": True}, {"checkpointing": "none"}),
-    "padded": ({"packing": False}, {"checkpointing": "full"}),
-    "offloaded": ({"packing": True}, {"checkpointing": "full", "offload_checkpoints": True}),
+    "padded, offloaded": ({"packing": False}, {"checkpointing": "full", "offload_checkpoints": True}),
 }
 """Of training, and of the plan."""
 
@@ -39,7 +38,7 @@ class Trained:
 
 @pytest.fixture(scope="module", params=list(WAYS))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("unsloth")
     model = save_model(MODEL, folder / "model")
     rows = save_rows(folder / "rows.jsonl", ROWS, LENGTH // 3)
     training, cut = WAYS[request.param]
