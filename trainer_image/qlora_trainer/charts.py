@@ -17,6 +17,9 @@ TICKS = 5
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 """What a tick is a multiple of, times a power of ten."""
 
+SMALLEST = 1e-300
+"""An interval that an axis shows: smaller ones have no room for floating-point numbers."""
+
 Point = tuple[float, float]
 
 
@@ -151,8 +154,8 @@ def _is_number(point: Point) -> bool:
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """An interval that isn't empty."""
-    if high > low:
+    """An interval that isn't empty, nor so small that a fifth of it is zero."""
+    if high - low > SMALLEST:
         return low, high
     margin = abs(low) / 10 or 1.0
     return low - margin, high + margin

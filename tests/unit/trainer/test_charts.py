@@ -6,7 +6,7 @@ import json
 import math
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qlora_trainer.charts import SIDE, Series, bars, label, line_chart, ticks
@@ -15,6 +15,7 @@ values = st.floats(-1e9, 1e9)
 
 
 @given(values, values)
+@example(0.0, 5e-324)
 def test_ticks_enclose_the_interval_and_there_are_a_handful(one: float, other: float) -> None:
     low, high = min(one, other), max(one, other)
     found = ticks(low, high)
