@@ -55,9 +55,8 @@ UPLOADS = {
 }
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(w, marks=[] if w == "checkpoint" else pytest.mark.long) for w in UPLOADS]
-)
+@pytest.mark.long  # make test cuts uploads without a cluster: tests/unit/trainer/test_s3_faults.py
+@pytest.mark.parametrize("what", UPLOADS)
 def test_upload_cut_in_half(cell: Cell, what: str) -> None:
     LEDGER.faults += 1
     rule = cell.storage.inject(cut_upload, UPLOADS[what], times=1)

@@ -16,11 +16,9 @@ from tests.support.live import Manifest, Namespace, eventually
 LONG = {"training": {"maxSteps": 5000, "saveSteps": 0}}
 
 
-FIRST: dict[str, Manifest] = {
-    "edited": {},
-    "data": {"dataset": {"uri": f"s3://{BUCKET}/v1"}},
-    "same": {},
-}
+V1 = {"dataset": {"uri": f"s3://{BUCKET}/v1"}}
+V2 = {"dataset": {"uri": f"s3://{BUCKET}/v2"}}
+FIRST: dict[str, Manifest] = {"edited": {}, "same": V1}
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +28,6 @@ def first_runs(namespace: Namespace, s3: Any, tiny_inputs: Path) -> dict[str, Ma
     for name, spec in FIRST.items():
         namespace.apply(tiny_manifest(namespace, name, spec))
     return {name: namespace.wait(name, "Complete") for name in FIRST}
-
-
-EDITS: dict[str, Manifest] = {
-    "edited": {"training": {"learningRate": 1e-3}},
-    "data": {"dataset": {"uri": f"s3://{BUCKET}/v2"}},
-}
-
-
-@pytest.fixture(scope="module")
-def second_runs(namespace: Namespace, s3: Any, first_runs: dict[str, Manifest]) -> dict[str, Manifest]:
-    """The same of two of them, edited so that they run again."""
-    more = tiny.jsonl() + tiny.jsonl().splitlines(keepends=True)[0]
-    s3.put_object(Bucket=BUCKET, Key="v2/rows.jsonl", Body=more)
-    for name, spec in EDITS.items():
-        namespace.apply(tiny_manifest(namespace, name, spec))
-    for name in EDITS:
-        namespace.wait_for(name, "{.status.observedGeneration}=2")
-    return {name: namespace.wait(name, "Complete") for name in EDITS}
 
 
 @pytest.fixture
@@ -65,9 +45,12 @@ def started(namespace: Namespace, manifest: Callable[..., Manifest]) -> Callable
 
 
 def test_a_result_field_starts_a_new_run_and_keeps_the_old_ones_artifacts(
-    namespace: Namespace, first_runs: dict[str, Manifest], second_runs: dict[str, Manifest], s3: Any
+    namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest], s3: Any
 ) -> None:
-    first, second = first_runs["edited"], second_runs["edited"]
+    first = first_runs["edited"]
+    namespace.apply(manifest("edited", {"training": {"learningRate": 1e-3}}))
+    namespace.wait_for("edited", "{.status.observedGeneration}=2")
+    second = namespace.wait("edited", "Complete")
     assert second["run"]["id"] != first["run"]["id"]
     assert [entry["id"] for entry in second["history"]] == [first["run"]["id"]]
     assert second["history"][0]["outcome"] == "Succeeded"
@@ -76,18 +59,13 @@ def test_a_result_field_starts_a_new_run_and_keeps_the_old_ones_artifacts(
         assert f"{prefix}manifest.json" in list_keys(s3, BUCKET, prefix)
 
 
-def test_a_new_revision_of_the_data_starts_a_new_run(
-    first_runs: dict[str, Manifest], second_runs: dict[str, Manifest]
-) -> None:
-    assert second_runs["data"]["run"]["id"] != first_runs["data"]["run"]["id"]
-
-
 def test_a_field_that_leaves_the_result_alone_starts_nothing(
     namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest]
 ) -> None:
     first = first_runs["same"]
     jobs = {job["metadata"]["name"] for job in namespace.jobs("same")}
-    namespace.apply(manifest("same", {"ttlSecondsAfterFinished": 3600, "training": {"microBatchSize": 1}}))
+    kept = {"ttlSecondsAfterFinished": 3600, "training": {"microBatchSize": 1}}
+    namespace.apply(manifest("same", V1 | kept))
     status = namespace.wait_for("same", "{.status.observedGeneration}=2")
     assert status["phase"] == "Succeeded"
     assert status["run"]["id"] == first["run"]["id"]
@@ -98,11 +76,21 @@ def test_merging_can_be_asked_for_afterwards_without_training_again(
     namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest]
 ) -> None:
     first = first_runs["same"]
-    namespace.apply(manifest("same", {"merge": {"enabled": True}}))
+    namespace.apply(manifest("same", V1 | {"merge": {"enabled": True}}))
     status = namespace.wait_for("same", "{.status.artifacts.merged.uri}")
     namespace.wait("same", "Complete")
     assert status["run"]["id"] == first["run"]["id"]
     assert len(namespace.jobs("same", "train")) == 1
+
+
+def test_a_new_revision_of_the_data_starts_a_new_run(
+    namespace: Namespace, manifest: Callable[..., Manifest], first_runs: dict[str, Manifest], s3: Any
+) -> None:
+    more = tiny.jsonl() + tiny.jsonl().splitlines(keepends=True)[0]
+    s3.put_object(Bucket=BUCKET, Key="v2/rows.jsonl", Body=more)
+    namespace.apply(manifest("same", V2))
+    namespace.wait_for("same", f"{{.status.observedGeneration}}={namespace.job('same')['metadata']['generation']}")
+    assert namespace.wait("same", "Complete")["run"]["id"] != first_runs["same"]["run"]["id"]
 
 
 def test_an_edit_while_training_replaces_the_run(
