@@ -20,7 +20,8 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 echo "llama-cpp-python==$VERSION --hash=sha256:$SHA256" > "$work/pin.txt"
-"$python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --require-hashes \
+# Not `--no-binary :all:`: older pips, such as Debian's, then make what the sources are built with from sources, too.
+"$python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --require-hashes \
   --requirement "$work/pin.txt" --dest "$work"
 tar -xzf "$work/llama_cpp_python-$VERSION.tar.gz" -C "$work"
 source="$work/llama_cpp_python-$VERSION/vendor/llama.cpp"
