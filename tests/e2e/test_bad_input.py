@@ -177,5 +177,5 @@ def test_the_job_is_stalled_and_says_why(applied: Namespace, case: Stalled) -> N
 def test_a_job_that_waited_for_its_secret_goes_on_when_it_appears(applied: Namespace) -> None:
     applied.wait("no-such-secret", "Stalled")
     write_s3_secret(applied, "no-such-secret")
-    applied.wait_for("no-such-secret", "{.status.phase}=Training")
+    applied.wait("no-such-secret", "Complete")
     assert (applied.condition("no-such-secret", "Stalled") or {"status": "False"})["status"] == "False"
