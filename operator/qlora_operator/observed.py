@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
@@ -201,8 +202,9 @@ def complaint(events: Iterable[Raw]) -> Complaint:
     relevant = [event for event in events if event.get("reason") in WARNINGS_ABOUT_STARTS]
     if not relevant:
         return Complaint()
-    last = max(relevant, key=_last_seen)
-    return Complaint(str(last.get("message", "")), _last_seen(last) - min(map(_first_seen, relevant)))
+    first = min(_seen("firstTimestamp", event) for event in relevant)
+    last = max(relevant, key=partial(_seen, "lastTimestamp"))
+    return Complaint(str(last.get("message", "")), _seen("lastTimestamp", last) - first)
 
 
 def parse_report(message: str) -> RunReport | None:
@@ -232,16 +234,9 @@ def _condition(status: Raw, kind: str) -> Raw:
     return next((condition for condition in status.get("conditions") or () if condition["type"] == kind), {})
 
 
-def _last_seen(event: Raw) -> datetime:
-    return datetime.fromisoformat(event.get("lastTimestamp") or event.get("eventTime") or _created(event))
-
-
-def _first_seen(event: Raw) -> datetime:
-    return datetime.fromisoformat(event.get("firstTimestamp") or event.get("eventTime") or _created(event))
-
-
-def _created(event: Raw) -> str:
-    return str(event["metadata"]["creationTimestamp"])
+def _seen(which: Literal["firstTimestamp", "lastTimestamp"], event: Raw) -> datetime:
+    """Events of the newer kind have one time for both."""
+    return datetime.fromisoformat(event.get(which) or event.get("eventTime") or event["metadata"]["creationTimestamp"])
 
 
 def _time(value: str | None) -> datetime | None:

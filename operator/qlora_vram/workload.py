@@ -10,12 +10,11 @@ from qlora_vram.gpus import GpuClass
 from qlora_vram.layers import Layer, detailed
 from qlorajob.plan import LinearLayers, ModelFacts
 from qlorajob.precision import NumberTypes, number_types
-from qlorajob.spec import QLoRAJobSpec
+from qlorajob.spec import Backend, QLoRAJobSpec
 
 Engine = Literal["plain", "fast"]
 """The trainer's two ways through a decoder layer: transformers' and PEFT's modules, or `qlora_trainer.fast`."""
 Strategy = Literal["single", "ddp", "fsdp"]
-Backend = Literal["hf", "unsloth"]
 
 LENGTH_MULTIPLE: Final = 64
 """On a GPU rows are filled up to a multiple of this: what its matrix units work in, and few different shapes. The

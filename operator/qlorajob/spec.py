@@ -31,6 +31,9 @@ from qlorajob.fields import (
     Text,
 )
 
+Backend = Literal["hf", "unsloth"]
+"""Whose code runs the model's layers in training."""
+
 
 class SecretKeyRef(SpecModel):
     """One key of a Secret in the job's namespace."""
@@ -179,7 +182,7 @@ class TrainingSpec(SpecModel):
         ),
     )
 
-    backend: Literal["hf", "unsloth"] = "hf"
+    backend: Backend = "hf"
     """Training code: hf (transformers, peft, bitsandbytes, trl) or unsloth (where the trainer image has it)."""
     epochs: Annotated[float, Field(gt=0, le=10000)] | None = None
     """Passes over the data. 3 when neither epochs nor maxSteps is set."""
