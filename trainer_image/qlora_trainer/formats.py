@@ -74,9 +74,9 @@ class Columns:
         return [self.names[part] for part in REQUIRED[self.format] if part in self.names]
 
     def text(self, row: Row, part: str) -> str:
-        """The part of a row as text: empty when it isn't there, or not a number."""
+        """The part of a row as text: empty where there is none, for which pandas writes NaN."""
         value = row.values.get(self.names.get(part, ""))
-        if value is None or value != value:  # pandas writes NaN for what is missing
+        if value is None or value != value:
             return ""
         if isinstance(value, str | int | float):
             return _whole(str(value), row, self.names[part])
