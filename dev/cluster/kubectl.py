@@ -30,7 +30,10 @@ def wait_for_deployment(paths: Layout, namespace: str, name: str, seconds: int =
         kubectl(paths, "-n", namespace, "rollout", "status", f"deployment/{name}", f"--timeout={seconds}s")
     except ClusterError as error:
         pods = kubectl(paths, "-n", namespace, "describe", "pods")
-        raise ClusterError(f"{error}\n{pods}") from None
+        logs = kubectl(
+            paths, "-n", namespace, "logs", f"deployment/{name}", "--all-pods", "--tail=50", "--ignore-errors"
+        )
+        raise ClusterError(f"{error}\n{pods}\n{logs}") from None
 
 
 def get(paths: Layout, *arguments: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from cluster import cgroups, layout, shell
+from cluster import layout, shell
 from cluster.layout import Endpoints, Layout
-from cluster.shell import ClusterError, run
+from cluster.shell import ClusterError, run, succeeds
 
 _RECORD = Path("/run/qlora-operator-cluster.json")
 _LOCK = Path("/run/qlora-operator-cluster.lock")
@@ -61,13 +61,11 @@ def claim(paths: Layout) -> None:
     """Write down that the machine's cluster is this clone's, unless another clone's is running."""
     other = owner()
     if other is not None and other != paths.repository:
-        if cgroups.processes():
-            raise ClusterError(
-                f"The cluster of another clone is running on this machine: {other}\n"
-                f"Use it with KUBECONFIG={other}/.cluster/kubeconfig, or stop it with `make cluster-down`."
-            )
-        forget()
-    if owner() is None:
+        raise ClusterError(
+            f"The cluster of another clone is running on this machine: {other}\n"
+            f"Use it with KUBECONFIG={other}/.cluster/kubeconfig, or stop it with `make cluster-down`."
+        )
+    if other is None:
         content = {"repository": str(paths.repository), "ip_forward": _IP_FORWARD.read_text().strip()}
         _RECORD.write_text(json.dumps(content))
 
@@ -100,7 +98,7 @@ def check_ports(listen: Endpoints) -> None:
 
 def prepare_network() -> None:
     """Make the bridge with the node's address, and let pods reach the outside through it."""
-    if not (Path("/sys/class/net") / layout.BRIDGE).exists():
+    if not _bridge_exists():
         run(["ip", "link", "add", layout.BRIDGE, "type", "bridge"])
     run(["ip", "address", "replace", f"{layout.NODE_ADDRESS}/16", "dev", layout.BRIDGE])
     run(["ip", "link", "set", layout.BRIDGE, "up"])
@@ -121,8 +119,12 @@ def remove_network() -> None:
     for link in links:
         if link.get("master") == layout.BRIDGE:
             run(["ip", "link", "delete", link["ifname"]])
-    if (Path("/sys/class/net") / layout.BRIDGE).exists():
+    if _bridge_exists():
         run(["ip", "link", "delete", layout.BRIDGE])
     before = record().get("ip_forward")
     if before is not None:
         _IP_FORWARD.write_text(before)
+
+
+def _bridge_exists() -> bool:
+    return succeeds(["ip", "link", "show", "dev", layout.BRIDGE])

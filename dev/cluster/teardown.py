@@ -16,7 +16,7 @@ _CONTAINER_LOGS = Path("/var/log/containers")
 def down(paths: Layout) -> None:
     """Stop the machine's cluster, whichever clone it belongs to, and remove its state. Caches stay."""
     owner = machine.owner()
-    if owner is None and not cgroups.processes():
+    if owner is None and not cgroups.processes() and not _mounts_below(paths.state):
         _remove(paths.state)
         say("No local cluster is running")
         return
@@ -30,17 +30,34 @@ def down(paths: Layout) -> None:
             processes.stop(paths, "kubelet", seconds=5)
             cgroups.end_all()
         with step("removing mounts, interfaces and state"):
-            unmount_below(paths.state)
-            unmount_below(paths.run)
-            machine.remove_network()
-            _remove_leftovers(paths)
+            _release(paths)
             for directory in (paths.run, paths.state):
                 _remove(directory)
             machine.forget()
     say("The local cluster is gone; executables and images stay in the cache")
 
 
-def unmount_below(directory: Path) -> None:
+def release_killed() -> None:
+    """Free the machine of a cluster that was killed instead of stopped. What it has on disk stays.
+
+    Its pods' network namespaces outlive them and go on answering at their addresses, which the next cluster's pods get.
+    """
+    owner = machine.owner()
+    if owner is not None and not cgroups.processes():
+        with step(f"releasing what the killed cluster of {owner} held"):
+            _release(Layout(owner))
+        machine.forget()
+
+
+def _release(paths: Layout) -> None:
+    """Give the machine back everything but the disk: mounts, interfaces, rules, and entries in shared directories."""
+    _unmount_below(paths.state)
+    _unmount_below(paths.run)
+    machine.remove_network()
+    _remove_leftovers(paths)
+
+
+def _unmount_below(directory: Path) -> None:
     """Unmount everything at or below a directory, the newest mount first."""
     for mount in reversed(_mounts_below(directory)):
         if not succeeds(["umount", mount]):

@@ -20,6 +20,7 @@ from cluster import (
     processes,
     prometheus,
     storage,
+    teardown,
 )
 from cluster.layout import Layout
 from cluster.shell import say, step
@@ -39,6 +40,7 @@ def up(paths: Layout) -> None:
     machine.check()
     started = time.monotonic()
     with machine.locked():
+        teardown.release_killed()
         machine.claim(paths)
         say(f"Local Kubernetes {layout.KUBERNETES_VERSION} in {paths.state} (logs in {paths.logs})")
         paths.make_directories()
