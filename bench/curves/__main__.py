@@ -2,6 +2,7 @@
 
 MODEL is a shape of bench.models (random weights) or a folder with real ones. A process for each trainer. Writes
 curves-NAME.json, .svg and .md with the verdict: is the difference within the reference's own, from seed to seed?
+Every run that ended is kept, and isn't run again with the same settings: what was cut off goes on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +33,38 @@ def main() -> None:
     options = parser.parse_args()
     name = options.name or Path(options.model).name
     options.out.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
+    path = options.out / f"curves-{name}.json"
+    setting = {"steps": options.steps, "rows": options.rows, "length": options.length}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    results: list[Result] = [run for run in kept if run["setting"] == setting]
     for variant in ("ours", "reference"):
-        results += _runs(variant, options)
-        text = "[\n" + ",\n".join(json.dumps(result) for result in results) + "\n]\n"
-        (options.out / f"curves-{name}.json").write_text(text, encoding="utf-8")
+        ended = {run["seed"] for run in results if run["variant"] == variant}
+        missing = [seed for seed in options.seeds if seed not in ended]
+        for run in _runs(variant, options.model, missing, setting, options.limit):
+            results.append({**run, "setting": setting})
+            text = "[\n" + ",\n".join(json.dumps(result) for result in results) + "\n]\n"
+            path.write_text(text, encoding="utf-8")
     found = verdict(results)
     (options.out / f"curves-{name}.md").write_text(_page(name, found, results, options), encoding="utf-8")
     _picture(results, options.out / f"curves-{name}.svg")
     print(name, json.dumps(found))
 
 
-def _runs(variant: str, options: argparse.Namespace) -> list[Result]:
-    command = [
-        sys.executable, "-m", "bench.curves.worker", variant, options.model, "--steps", str(options.steps),
-        "--rows", str(options.rows), "--length", str(options.length), "--seeds", *map(str, options.seeds),
-    ]  # fmt: skip
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
-    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    if len(found) != len(options.seeds):
-        raise SystemExit(f"{variant}: {ran.stderr[-1500:]}")
-    return found
+def _runs(variant: str, model: str, seeds: list[int], setting: dict[str, int], limit: int) -> Iterator[Result]:
+    """Each seed's result as soon as it is there. Exits where the trainer failed or took longer than `limit` seconds."""
+    if not seeds:
+        return
+    numbers = [argument for name, value in setting.items() for argument in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "bench.curves.worker", variant, model, *numbers, "--seeds", *map(str, seeds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        timer = threading.Timer(limit, worker.kill)
+        timer.start()
+        for line in worker.stdout or ():
+            if line.startswith('{"variant"'):  # transformers prints its own dictionaries between them
+                yield json.loads(line)
+        timer.cancel()
+    if worker.returncode:
+        raise SystemExit(f"{variant}: the process ended with {worker.returncode}; what it did before is kept")
 
 
 def _page(name: str, found: dict[str, Any], results: list[Result], options: argparse.Namespace) -> str:
