@@ -16,6 +16,10 @@ export PYTHONPATH := dev
 export PYTHONUNBUFFERED := 1
 # Where it's set, each of the processes of a test run would compile the same modules again.
 unexport PYTHONDONTWRITEBYTECODE
+# Another cluster is touched only where it is named on the command line, never since a shell happens to point at it.
+ifneq ($(origin KUBECONFIG),command line)
+unexport KUBECONFIG
+endif
 
 .PHONY: help
 help: ## Show this list
@@ -45,7 +49,7 @@ cluster-down: ## Stop the local cluster and leave nothing behind
 	@if [ -x $(PYTHON) ]; then $(PYTHON) -m cluster down; else PYTHONPATH=dev python3.11 -m cluster down; fi
 
 .PHONY: demo
-ifdef KUBECONFIG
+ifeq ($(origin KUBECONFIG),command line)
 demo: setup ## Fine-tune SmolLM2 on a real cluster into S3 (KUBECONFIG=... for your own)
 	$(PYTHON) -m demo install
 	$(PYTHON) -m demo run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,18 @@ class Target:
 
     def kubectl(self, *arguments: str, input_text: str | None = None) -> str:
         """Run kubectl against this cluster and return what it printed."""
-        command: list[str | Path] = [self.layout.bin / "kubectl", f"--kubeconfig={self.kubeconfig}", *arguments]
-        return run(command, input_text=input_text)
+        return run([self._tool("kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments], input_text=input_text)
 
     def helm(self, *arguments: str) -> str:
         """Run helm against this cluster and return what it printed."""
-        return run([self.layout.bin / "helm", f"--kubeconfig={self.kubeconfig}", *arguments])
+        return run([self._tool("helm"), f"--kubeconfig={self.kubeconfig}", *arguments])
+
+    def _tool(self, name: str) -> str:
+        """The local cluster's executable, or for the user's own cluster the user's: ours are only made on Debian."""
+        found = str(self.layout.bin / name) if self.is_local else shutil.which(name)
+        if found is None:
+            raise ClusterError(f"{name} is not installed, which the demo needs for the cluster of {self.kubeconfig}")
+        return found
 
     def s3(self) -> Any:
         """A boto3 client for this cluster's S3 server."""
@@ -105,6 +112,6 @@ def find() -> Target:
     """The user's cluster when KUBECONFIG names one that isn't the local cluster's, else the local one."""
     layout = Layout()
     named = os.environ.get("KUBECONFIG")
-    if named and Path(named).resolve() != layout.kubeconfig.resolve():
-        return _own(layout, Path(named))
+    if named and Path(named).expanduser().resolve() != layout.kubeconfig.resolve():
+        return _own(layout, Path(named).expanduser())
     return _local(layout)
