@@ -23,6 +23,8 @@ Raw = Mapping[str, Any]
 WARNINGS_ABOUT_STARTS: Final = frozenset(
     {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "FailedCreate"}
 )
+MAX_DIGITS: Final = 4
+"""Of a pod's number of GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ def pod_view(raw: Raw) -> PodView:
         step=(metadata.get("labels") or {}).get(names.LABEL_STEP, ""),
         phase=status.get("phase", "Pending"),
         ip=status.get("podIP", ""),
-        gpus=int((metadata.get("annotations") or {}).get(names.ANNOTATION_GPUS, 0)),
+        gpus=_count((metadata.get("annotations") or {}).get(names.ANNOTATION_GPUS, "")),
         created_at=_time(metadata.get("creationTimestamp")),
         started_at=_time(running.get("startedAt") or ended.get("startedAt")),
         finished_at=_time(ended.get("finishedAt")),
@@ -237,6 +239,11 @@ def _condition(status: Raw, kind: str) -> Raw:
 def _seen(which: Literal["firstTimestamp", "lastTimestamp"], event: Raw) -> datetime:
     """Events of the newer kind have one time for both."""
     return datetime.fromisoformat(event.get(which) or event.get("eventTime") or event["metadata"]["creationTimestamp"])
+
+
+def _count(text: str) -> int:
+    """The number in an annotation that anybody may have edited; 0 where it is none."""
+    return int(text) if text.isdecimal() and len(text) <= MAX_DIGITS else 0
 
 
 def _time(value: str | None) -> datetime | None:

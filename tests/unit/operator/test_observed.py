@@ -5,7 +5,10 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from qlora_operator.observed import Complaint, complaint
+import pytest
+
+from qlora_operator.observed import Complaint, complaint, pod_view
+from qlorajob import names
 
 
 def event(reason: str, message: str, first: str, last: str) -> dict[str, Any]:
@@ -53,3 +56,9 @@ def test_events_of_the_newer_kind_are_read_too() -> None:
 
 def test_warnings_that_arent_about_a_start_are_none_of_it() -> None:
     assert complaint([event("Unhealthy", "probe failed", "10:00:00", "10:01:00")]) == Complaint()
+
+
+@pytest.mark.parametrize(("text", "gpus"), [("2", 2), ("", 0), ("two", 0), ("-2", 0), ("1e9", 0), ("9" * 5000, 0)])
+def test_a_number_of_gpus_that_somebody_edited_harms_nobody(text: str, gpus: int) -> None:
+    metadata = {"name": "x", "uid": "u", "annotations": {names.ANNOTATION_GPUS: text}}
+    assert pod_view({"metadata": metadata, "spec": {}}).gpus == gpus
