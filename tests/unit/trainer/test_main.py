@@ -202,6 +202,18 @@ def test_a_report_tells_the_newest_warnings_without_secrets(monkeypatch: pytest.
     assert {len(text) for text in told.warnings} == {WARNING_LENGTH}
 
 
+def test_half_a_character_in_an_error_leaves_the_report_and_the_log_whole() -> None:
+    told = report_on("train", Outcome(), ExitCode.INVALID, Reason.MODEL_INVALID, "there is no caf\udce9.bin", None)
+    assert RunReport.model_validate_json(told.to_json()).message == "there is no caf?.bin"
+    record = logging.LogRecord("x", logging.ERROR, "x.py", 1, "there is no caf\udce9.bin", (), None)
+    assert json.loads(logs.JsonFormatter({}).format(record))["message"] == "there is no caf?.bin"
+
+
+def test_a_secret_is_hidden_where_a_library_has_cut_its_line_end_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_made_with_echo\n")
+    assert logs.redact("Authorization: Bearer hf_made_with_echo") == "Authorization: Bearer ***"
+
+
 def test_an_unknown_command_prints_the_usage(job: Job) -> None:
     process = _start(job, "fine-tune")
     output, _ = process.communicate(timeout=120)
