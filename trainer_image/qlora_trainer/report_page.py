@@ -146,9 +146,9 @@ def _figures(report: Json) -> list[Figure]:
 
 def _loss_chart(loss: Json) -> Chart | None:
     curve = loss["curve"]
-    series = [Series("training", [(entry["step"], entry["loss"]) for entry in curve])]
+    series = [Series("training", _points(curve, "loss"))]
     if loss["evaluations"]:
-        evaluations = [(entry["step"], entry["evalLoss"]) for entry in loss["evaluations"]]
+        evaluations = _points(loss["evaluations"], "evalLoss")
         series.append(Series("validation", evaluations, "second", marked=True))
     steps = [x for s in series for x, _ in s.points]
     if loss["evalBase"] is not None and steps:
