@@ -92,6 +92,8 @@ class PodView:
     """Reason of the terminated state, such as OOMKilled."""
     last_words: str = ""
     """The termination message as it was written."""
+    verdict: str = ""
+    """Why the cluster ended or refused the pod, in the kubelet's words: `Evicted: The node was low on …`."""
     report: RunReport | None = None
     progress: Progress | None = None
     """What the poller heard last."""
@@ -195,6 +197,7 @@ def pod_view(raw: Raw) -> PodView:
         exit_code=ended.get("exitCode"),
         termination=ended.get("reason", ""),
         last_words=ended.get("message", ""),
+        verdict=": ".join(filter(None, (status.get("reason"), status.get("message")))),
         report=parse_report(ended.get("message", "")),
     )
 

@@ -23,6 +23,13 @@ MISSING_SECRET: Final = re.compile(r'secret "([^"]+)" not found', re.IGNORECASE)
 MISSING_SECRET_KEY: Final = re.compile(r"couldn't find key (\S+) in Secret [^/\s]+/(\S+)")
 MISSING_CONFIG_MAP: Final = re.compile(r'configmap "([^"]+)" not found', re.IGNORECASE)
 MISSING_CLAIM: Final = re.compile(r'persistentvolumeclaim "([^"]+)" (?:not found|is being deleted)', re.IGNORECASE)
+OVERRUN: Final = re.compile(r"Evicted: .*\bexceed(s|ed)\b", re.DOTALL)
+"""The kubelet's words for a pod that used more local disk than its own limits, whatever the node has left."""
+MORE_DISK: Final[dict[str, str]] = {
+    "prepare": "raise the chart's trainer.prepare.ephemeralStorage",
+    "train": "raise spec.resources.ephemeralStorage, or set model.cacheClaim",
+    "merge": "set model.cacheClaim, so that the download takes no local disk",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,14 @@ def _blame(reason: Reason, message: str, field: str | None) -> Problem:
     return Problem(reason, f"spec.{field}: {message}" if field else message)
 
 
+def overrun(pods: tuple[PodView, ...]) -> Problem | None:
+    """That the step needs more local disk than it may use: the next pod would get as far. `pods` come newest first.
+
+    The kubelet asks such a pod to stop. So it may end as one that was interrupted, which is tried again for ever.
+    """
+    return next((_words(pod) for pod in pods if OVERRUN.match(pod.verdict)), None)
+
+
 def last_failure(pods: tuple[PodView, ...]) -> Problem | None:
     """How the newest pod that failed ended, in its own words where it left some. `pods` come newest first."""
     for pod in pods:
@@ -83,6 +98,9 @@ def last_failure(pods: tuple[PodView, ...]) -> Problem | None:
 
 
 def _words(pod: PodView) -> Problem:
+    if OVERRUN.match(pod.verdict):
+        said = pod.verdict.removeprefix("Evicted: ").strip().rstrip(".")
+        return Problem(Reason.DISK_FULL, f"{pod.step} needs more local disk ({said}): {MORE_DISK.get(pod.step, '')}")
     if pod.report:
         return _blame(pod.report.reason, pod.report.message or pod.report.reason, pod.report.field)
     if pod.termination == "OOMKilled":
@@ -90,6 +108,8 @@ def _words(pod: PodView) -> Problem:
             Reason.OUT_OF_MEMORY,
             "spec.resources.memory: the container was killed for using more host memory than its limit",
         )
+    if pod.verdict:
+        return Problem(Reason.BACKOFF_LIMIT_EXCEEDED, f"pod {pod.name} was ended by the cluster: {pod.verdict.strip()}")
     lines = [line for line in pod.last_words.splitlines() if line.strip()]
     ending = "without an exit code" if pod.exit_code is None else f"with exit code {pod.exit_code}"
     return Problem(

@@ -175,6 +175,10 @@ def _watch(draft: Draft, step: Step, job: JobView) -> Outcome:
         who = f"queue {queue}" if queue else "its queue"
         message = f"Waiting for {who} to admit Job {job.name}"
         return outcomes.working(Phase.QUEUED, Reason.QUEUED, message)
+    overrun = problems.overrun(pods)
+    if overrun:
+        draft.delete_live()
+        return outcomes.failed(overrun.reason, overrun.message)
     problem = problems.stuck(draft.job.spec, job, pod)
     if problem:
         return outcomes.waiting(STARTING[step], problem.reason, problem.message, LOOK_AGAIN)

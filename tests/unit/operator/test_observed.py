@@ -62,3 +62,9 @@ def test_warnings_that_arent_about_a_start_are_none_of_it() -> None:
 def test_a_number_of_gpus_that_somebody_edited_harms_nobody(text: str, gpus: int) -> None:
     metadata = {"name": "x", "uid": "u", "annotations": {names.ANNOTATION_GPUS: text}}
     assert pod_view({"metadata": metadata, "spec": {}}).gpus == gpus
+
+
+def test_what_the_kubelet_says_of_a_pod_that_it_evicted_is_read() -> None:
+    said = "The node was low on resource: memory. "
+    status = {"phase": "Failed", "reason": "Evicted", "message": said}
+    assert pod_view({"metadata": {"name": "x", "uid": "u"}, "spec": {}, "status": status}).verdict == f"Evicted: {said}"
