@@ -17,14 +17,14 @@ from qlora_operator.draft import Draft
 from qlora_operator.fleet import Slot
 from qlora_operator.learning import first_attempt
 from qlora_operator.less_memory import kept_plan, plan_less, was_out_of_memory
-from qlora_operator.manifests import claim_template, merge_job, merge_key, prepare_job, train_job
+from qlora_operator.manifests import claim_template, merge_job, prepare_job, train_job
 from qlora_operator.observed import JobView, PodView
 from qlora_operator.outcome import Outcome
 from qlora_vram.gpus import CPU
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import plan
 from qlorajob.errors import ExitCode, Reason
-from qlorajob.identity import plan_key, prepare_key
+from qlorajob.identity import merge_key, plan_key, prepare_key
 from qlorajob.plan import ModelFacts, Plan
 from qlorajob.run import RunReport, Step
 from qlorajob.status import MemoryStatus, Phase, RunStatus
@@ -308,7 +308,7 @@ def _take_merge(draft: Draft, report: RunReport, pod: PodView) -> Outcome | None
     if found is None or found.merged is None or (wants_gguf and found.gguf is None):
         return outcomes.failed(Reason.INTERNAL_ERROR, f"Pod {pod.name} succeeded, but reported no merged model")
     draft.add_artifacts(found)
-    draft.set(merge_key=merge_key(draft.job))
+    draft.set(merge_key=merge_key(draft.job.spec))
     draft.event("Normal", "Merged", f"The merged model is at {found.merged.uri}")
     return None
 

@@ -19,10 +19,10 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from qlora_trainer.artifacts import Damaged, RunStore
-from qlora_trainer.publication import PublishedElsewhere
+from qlora_trainer.publication import CLAIM, PublishedElsewhere
 from qlorajob.base import ContractModel
 from qlorajob.errors import StepError
-from qlorajob.manifest import CHECKPOINTS, MANIFEST, ManifestFile
+from qlorajob.manifest import CHECKPOINTS, MANIFEST, ArtifactManifest, ManifestFile
 from qlorajob.status import SavedCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -153,3 +153,15 @@ class CheckpointStore:
         """The manifest goes first, so that half a checkpoint never looks whole."""
         self._storage.delete([f"{checkpoint.prefix}/{MANIFEST}"])
         self._storage.delete([item.key for item in self._storage.list(f"{checkpoint.prefix}/")])
+
+
+def conclude(store: RunStore, manifest: ArtifactManifest) -> None:
+    """What follows a run's manifest: latest.json points to it, and its checkpoints go. The claim goes last."""
+    store.point_latest(manifest)
+    CheckpointStore(store, keep=0, warn=logger.warning).delete_all()
+    store.storage.delete([CLAIM])
+
+
+def is_concluded(store: RunStore) -> bool:
+    """Whether nothing of that is left to do, for a run whose manifest is there."""
+    return store.storage.read(CLAIM) is None

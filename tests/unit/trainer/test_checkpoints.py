@@ -146,7 +146,7 @@ def test_when_none_is_whole_training_starts_anew(
 def test_a_broken_checkpoint_does_not_take_the_place_of_those_that_follow(
     checkpoints: CheckpointStore, store: RunStore, tmp_path: Path, warnings: list[str]
 ) -> None:
-    """It has the higher step: counted as one that is kept, it would have each new one dropped as soon as it is saved."""
+    """It has the higher step: were it kept, each new one would be dropped as soon as it is saved."""
     alone = CheckpointStore(store, keep=1, warn=warnings.append)
     store.storage.write(_key(store, 10, "state"), b"broken")
     assert _restored(alone, tmp_path) == "step 4"
