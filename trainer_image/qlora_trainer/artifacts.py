@@ -142,7 +142,8 @@ def encode(manifest: ArtifactManifest) -> bytes:
 
 def open_output(settings: Settings) -> Storage:
     """The storage of spec.output."""
-    return open_storage(settings.spec.output.uri, settings.spec.output, field="output.uri")
+    output = settings.spec.output
+    return open_storage(output.uri, output, field="output.uri", accepted=settings.config.prepared is not None)
 
 
 def check_output(output: Storage) -> None:
