@@ -125,6 +125,8 @@ class Observed:
     """The cluster's GPUs."""
     observations: Observations = field(default_factory=Observations)
     """What finished runs took."""
+    rivals: tuple[str, ...] = ()
+    """Other QLoRAJobs that are at work on the run that would be started now, into the same place."""
 
     def job(self, name: str) -> JobView | None:
         """The Job of that name."""

@@ -98,6 +98,8 @@ def _start_train(draft: Draft) -> Outcome:
         return outcomes.working(
             Phase.PENDING, Reason.QUEUED, f"Waiting for {others[0]} of an earlier run or attempt to stop", LOOK_AGAIN
         )
+    if draft.observed.rivals:
+        return _after(draft.observed.rivals[0], Reason.QUEUED)
     kept = kept_plan(draft)
     planned = kept if kept and _slot(draft, kept) else _plan(draft, prepared.facts)
     if isinstance(planned, DoesNotFit):
@@ -126,6 +128,12 @@ def _start_train(draft: Draft) -> Outcome:
     return outcomes.working(Phase.QUEUED, Reason.QUEUED, f"Job {name} is created{where}")
 
 
+def _after(rival: str, reason: Reason) -> Outcome:
+    """One run, one process: what the other one writes is found there then."""
+    message = f"Waiting for QLoRAJob {rival}, which is at work on the same run into the same output"
+    return outcomes.working(Phase.PENDING, reason, message, LOOK_AGAIN)
+
+
 def _slot(draft: Draft, planned: Plan) -> Slot | None:
     """Where the plan's pod goes; None where it has no GPU, or where that class's nodes are gone."""
     return draft.observed.fleet.slot(planned.gpu_class, planned.gpus, draft.job.spec.resources)
@@ -150,6 +158,8 @@ def _start_merge(draft: Draft) -> Outcome:
     others = draft.writers_besides(draft.name_of("merge", draft.next_number("merge")))
     if others:
         return outcomes.working(Phase.PENDING, Reason.MERGING, f"Waiting for {others[0]} to stop", LOOK_AGAIN)
+    if draft.observed.rivals:
+        return _after(draft.observed.rivals[0], Reason.MERGING)
     manifest = merge_job(draft.job, prepared, draft.next_number("merge"), draft.config)
     draft.create("merge", manifest)
     name = manifest["metadata"]["name"]

@@ -65,6 +65,17 @@ class Store:
         """Every QLoRAJob there is."""
         yield from [key for key in self._qlorajobs if self._at(self._qlorajobs, key)]
 
+    def with_jobs_labelled(self, label: str, value: str) -> list[Key]:
+        """Those that may have a Job with this label: a quick look through all Jobs there are."""
+        indexed = {key for key in self._jobs for job in self._jobs[key] if _label(job, label) == value}
+        written = {
+            key
+            for key, writes in self._writes.items()
+            for job, _ in writes.created.values()
+            if _label(job, label) == value
+        }
+        return sorted(indexed | written)
+
     def held(self) -> Iterator[tuple[Kind, Key, Raw]]:
         """Every object in the indexes, with its kind and the QLoRAJob it belongs to."""
         indexes: dict[Kind, Index] = {"qlorajobs": self._qlorajobs, "jobs": self._jobs, "pods": self._pods}
@@ -136,6 +147,10 @@ def _is_newer(one: Raw, other: Raw) -> bool:
     if one_meta["uid"] != other_meta["uid"]:
         return False
     return int(one_meta["resourceVersion"]) > int(other_meta["resourceVersion"])
+
+
+def _label(raw: Raw, label: str) -> str | None:
+    return (raw["metadata"].get("labels") or {}).get(label)
 
 
 def _deleting(job: Raw) -> Raw:
