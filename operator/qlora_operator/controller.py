@@ -140,9 +140,12 @@ class Controller:
         return dataclasses.replace(pod, **changes) if changes else pod
 
     async def _with_complaint(self, key: Key, job: JobView, observed: Observed, now: datetime) -> JobView:
-        if job.state != "active" or observed.pods_of(job) or not _older(job.created_at, now):
+        pods = observed.pods_of(job)
+        waits = not pods or all(pod.phase == "Failed" for pod in pods)  # for its first pod, or for the next
+        if job.state != "active" or not waits or not _older(job.created_at, now):
             return job
-        return dataclasses.replace(job, complaint=complaint(await self._api.warnings(key.namespace, job.uid)))
+        since = pods[0].finished_at or pods[0].created_at if pods else None
+        return dataclasses.replace(job, complaint=complaint(await self._api.warnings(key.namespace, job.uid), since))
 
 
 def _older(created_at: datetime | None, now: datetime) -> bool:

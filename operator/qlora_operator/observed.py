@@ -204,9 +204,13 @@ def pod_view(raw: Raw) -> PodView:
     )
 
 
-def complaint(events: Iterable[Raw]) -> Complaint:
-    """What warning events about one object say of its start."""
-    relevant = [event for event in events if event.get("reason") in WARNINGS_ABOUT_STARTS]
+def complaint(events: Iterable[Raw], since: datetime | None = None) -> Complaint:
+    """What warning events about one object say of its start, or of its next pod's, `since` the last one has ended."""
+    relevant = [
+        event
+        for event in events
+        if event.get("reason") in WARNINGS_ABOUT_STARTS and (since is None or _seen("lastTimestamp", event) >= since)
+    ]
     if not relevant:
         return Complaint()
     first = min(_seen("firstTimestamp", event) for event in relevant)

@@ -16,6 +16,8 @@ from qlorajob.spec import QLoRAJobSpec
 IMAGE_REASONS: Final = frozenset(
     {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
 )
+CONTAINER_REASONS: Final = frozenset({"CreateContainerError", "RunContainerError"})
+"""The runtime's: a device that can't be injected, a mount that it refuses. The kubelet tries again for ever."""
 PASSING: Final = timedelta(seconds=20)
 """The kubelet tries again after 0.5, 1, 2 … s. What it says in the beginning often passes: it may know a pod before it
 is allowed to read the pod's volumes."""
@@ -56,6 +58,8 @@ def stuck(spec: QLoRAJobSpec, job: JobView, pod: PodView | None) -> Problem | No
         return Problem(Reason.IMAGE_UNAVAILABLE, f"the trainer image can't be pulled: {pod.waiting.message}")
     if pod.waiting and pod.waiting.reason == "CreateContainerConfigError":
         return Problem(Reason.INVALID_SPEC, f"the container can't be configured: {pod.waiting.message}")
+    if pod.waiting and pod.waiting.reason in CONTAINER_REASONS:
+        return Problem(Reason.POD_CREATION_FAILED, f"pod {pod.name} can't start its container: {pod.waiting.message}")
     if pod.complaint.lasting >= PASSING:
         return Problem(Reason.VOLUME_NOT_READY, f"pod {pod.name} can't start: {pod.complaint.message}")
     return None

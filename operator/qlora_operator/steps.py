@@ -212,8 +212,10 @@ def _between_pods(step: Step, job: JobView, pods: tuple[PodView, ...]) -> Outcom
     if last is None:
         return outcomes.working(STARTING[step], REASONS[step], f"Job {job.name} is about to start a pod", LOOK_AGAIN)
     if pods[0].exit_code == ExitCode.INTERRUPTED:
-        return outcomes.working(STARTING[step], Reason.INTERRUPTED, "Stopped after a checkpoint; another pod goes on")
-    return outcomes.working(STARTING[step], last.reason, f"Will be tried again: {last.message}")
+        return outcomes.working(
+            STARTING[step], Reason.INTERRUPTED, "Stopped after a checkpoint; another pod goes on", LOOK_AGAIN
+        )
+    return outcomes.working(STARTING[step], last.reason, f"Will be tried again: {last.message}", LOOK_AGAIN)
 
 
 def _running(draft: Draft, step: Step, job: JobView, pod: PodView) -> Outcome:

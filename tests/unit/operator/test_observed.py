@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -52,6 +52,16 @@ def test_events_of_the_newer_kind_are_read_too() -> None:
         "lastTimestamp": None,
     }
     assert complaint([newer]) == Complaint("exceeded quota")
+
+
+def test_what_was_said_before_the_last_pod_is_no_complaint_about_the_next() -> None:
+    events = [
+        event("FailedCreate", "webhook is down", "10:00:00", "10:00:05"),
+        event("FailedCreate", "exceeded quota", "10:20:00", "10:20:00"),
+    ]
+    ended = datetime.fromisoformat(_at("10:10:00"))
+    assert complaint(events, ended).message == "exceeded quota"
+    assert complaint(events[:1], ended) == Complaint()
 
 
 def test_warnings_that_arent_about_a_start_are_none_of_it() -> None:
