@@ -27,8 +27,9 @@ from qlorajob.status import Phase, QLoRAJobStatus
 MAX_PASSES = 8
 """prepare, train and merge can each end and start the next within one look; more means a bug."""
 
-ORPHAN = "orphan"
-"""Finalizer of `kubectl delete --cascade=orphan`: the Jobs are to outlive the object."""
+COLLECTORS = frozenset({"orphan", "foregroundDeletion"})
+"""Finalizers of the garbage collector: with --cascade=orphan the Jobs are to stay, with foreground it ends them itself,
+and waits for their pods."""
 TOLD_AT_CREATION = frozenset({Reason.PREPARING, Reason.QUEUED, Reason.TRAINING, Reason.MERGING})
 """Reasons of ordinary work, which has its event when its Job is created."""
 
@@ -37,8 +38,8 @@ def reconcile(job: QLoRAJob, observed: Observed, config: OperatorConfig, now: da
     """The actions and the status that follow from the job's spec and status, its Jobs and its pods."""
     draft = Draft(job=job, observed=observed, config=config, now=now, status=job.status)
     if job.metadata.deletion_timestamp:
-        if ORPHAN not in job.metadata.finalizers:
-            draft.delete_live()  # the garbage collector waits for somebody's finalizer, a GPU shouldn't
+        if COLLECTORS.isdisjoint(job.metadata.finalizers):
+            draft.delete_live()  # it waits for somebody else's finalizer, but a GPU shouldn't
         return Decision(job.status, actions=tuple(draft.actions))
     _tell_warnings(draft)
     outcome = _decide(draft)

@@ -144,8 +144,9 @@ def test_an_object_that_somebody_s_finalizer_keeps_gives_its_gpu_back() -> None:
     assert world.status == before
 
 
-def test_an_object_that_is_deleted_without_its_jobs_leaves_them_alone() -> None:
-    assert being_deleted("orphan").look().actions == ()
+@pytest.mark.parametrize("finalizer", ["orphan", "foregroundDeletion"])
+def test_an_object_that_the_garbage_collector_is_at_work_on_is_left_to_it(finalizer: str) -> None:
+    assert being_deleted(finalizer, "example.com/audit").look().actions == ()
 
 
 def test_stale_live_jobs_of_the_same_object_are_deleted() -> None:
