@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,19 @@ def test_a_deferred_stop_is_only_remembered() -> None:
     with stop.deferred():
         stop._handle(signal.SIGTERM, None)
     assert stop.requested
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root makes a process 1")
+def test_process_1_of_a_container_can_be_stopped_while_it_imports() -> None:
+    """Without a handler the kernel drops the signal, and the pod goes on until its grace period ends."""
+    script = "import qlora_trainer, time; print('imports', flush=True); time.sleep(60)"
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as outside:
+        assert outside.stdout is not None
+        assert outside.stdout.readline() == "imports\n"
+        (inside,) = Path(f"/proc/{outside.pid}/task/{outside.pid}/children").read_text().split()
+        os.kill(int(inside), signal.SIGTERM)
+        assert outside.wait(30) == ExitCode.INTERRUPTED
 
 
 def test_a_log_line_is_json_with_the_job_s_key() -> None:
