@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from qlora_operator.api import ApiError
 from qlora_operator.store import Key, Kind, Present, Raw, Store
 
 SETTLE_SECONDS: Final = 2.0
@@ -55,7 +54,7 @@ class Absence:
         for (kind, namespace), objects in held.items():
             try:
                 present = await self._present(kind, namespace)
-            except ApiError as error:
+            except Exception as error:  # whatever it is, the work goes on
                 logger.warning("can't list %s of namespace %s: %s", kind, namespace, error)
                 continue
             for key, raw in objects:

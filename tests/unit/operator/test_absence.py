@@ -9,7 +9,6 @@ import pytest
 
 from qlora_operator import absence
 from qlora_operator.absence import Absence
-from qlora_operator.api import TemporaryApiError
 from qlora_operator.store import Key, Kind, Present, Store
 
 KEY, OTHER = Key("team", "x"), Key("team", "y")
@@ -33,7 +32,7 @@ class Cluster:
         self.asked.append((kind, namespace))
         self.listed.put_nowait(kind)
         if self.down:
-            raise TemporaryApiError("down")
+            raise ConnectionError("down")
         return Present(self.version, frozenset(self.uids))
 
     @property
