@@ -19,6 +19,7 @@ from kubernetes.aio.client.exceptions import ApiException
 from qlora_operator.decision import Event
 from qlora_operator.election import Lease
 from qlora_operator.placement import Manifest
+from qlora_operator.store import Kind, Present
 from qlorajob import names
 from qlorajob.resource import Metadata
 
@@ -26,6 +27,12 @@ MERGE_PATCH: Final = "application/merge-patch+json"
 TIMEOUT: Final = 30.0
 LEASE_TIMEOUT: Final = 5.0
 """A leader has to learn in time that it can't renew."""
+METADATA_ONLY: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+PATHS: Final[dict[Kind, str]] = {
+    "qlorajobs": f"/apis/{names.GROUP}/{names.VERSION}",
+    "jobs": "/apis/batch/v1",
+    "pods": "/api/v1",
+}
 PERMANENT: Final = frozenset({400, 403, 405, 413, 415, 422})
 COMPONENT: Final = "qlora-operator"
 
@@ -118,6 +125,27 @@ class Api:
             if error.status == 404:
                 raise PermanentApiError("the CRD qlorajobs.qlora.dev isn't installed") from error
             raise
+
+    async def present(self, kind: Kind, namespace: str) -> Present:
+        """Which objects of ours there are in a namespace. From the API server's cache, and without their content."""
+        query = [("resourceVersion", "0")]
+        if kind != "qlorajobs":
+            query.append(("labelSelector", names.LABEL_JOB))
+        with _translated():
+            request = await self._client.param_serialize(
+                "GET",
+                f"{PATHS[kind]}/namespaces/{namespace}/{kind}",
+                query_params=query,
+                header_params={"Accept": METADATA_ONLY},
+                auth_settings=["BearerToken"],
+            )
+            answer = await self._client.call_api(*request, _request_timeout=TIMEOUT)
+            content = await answer.read()
+        if answer.status != 200:
+            raise TemporaryApiError(f"{answer.status} {answer.reason}", int(answer.status))
+        found = json.loads(content)
+        uids = frozenset(item["metadata"]["uid"] for item in found["items"])
+        return Present(int(found["metadata"]["resourceVersion"]), uids)
 
     async def create_job(self, manifest: Manifest) -> Manifest | None:
         """The new Job; None when it is there already, which is as good: its name holds the owner's uid."""

@@ -17,6 +17,7 @@ from qlora_operator.metrics import Metrics
 from qlora_operator.observed import JobView, Observed, PodView, complaint, observe
 from qlora_operator.patching import merge_patch
 from qlora_operator.reconcile import reconcile, refused, reject
+from qlora_operator.rivals import Rivals, started_run
 from qlora_operator.store import Key, Raw, Store
 from qlorajob.resource import InvalidManifest, Metadata, QLoRAJob, parse
 from qlorajob.status import Progress, QLoRAJobStatus
@@ -48,6 +49,7 @@ class Controller:
         self._config = config
         self._metrics = metrics
         self._progress = progress
+        self._rivals = Rivals(store)
 
     async def look(self, key: Key) -> float | None:
         """Bring the QLoRAJob a step further. Returns the seconds after which to look again, if it should."""
@@ -62,8 +64,23 @@ class Controller:
                 metadata = Metadata.model_validate(raw["metadata"])
                 status = _status_of(raw)
                 return await self._write(key, raw, metadata, reject(metadata, status, "; ".join(error.problems), now))
-            observed = await self._observe(key, now)
-            return await self._carry_out(key, raw, job, reconcile(job, observed, self._config, now), now)
+            decision = self._decide(key, job, await self._observe(key, now), now)
+            try:
+                return await self._carry_out(key, raw, job, decision, now)
+            finally:
+                self._rivals.started(key)
+
+    def _decide(self, key: Key, job: QLoRAJob, observed: Observed, now: datetime) -> Decision:
+        """Decide again where others are at work on the run that is to be started: that is rare, and takes a search."""
+        decision = reconcile(job, observed, self._config, now)
+        run = started_run(decision)
+        if run is None:
+            return decision
+        others = self._rivals.of(key, run)
+        if others:
+            return reconcile(job, dataclasses.replace(observed, rivals=others), self._config, now)
+        self._rivals.start(key, run)
+        return decision
 
     async def _carry_out(self, key: Key, raw: Raw, job: QLoRAJob, decision: Decision, now: datetime) -> float | None:
         try:
@@ -123,9 +140,12 @@ class Controller:
         return dataclasses.replace(pod, **changes) if changes else pod
 
     async def _with_complaint(self, key: Key, job: JobView, observed: Observed, now: datetime) -> JobView:
-        if job.state != "active" or observed.pods_of(job) or not _older(job.created_at, now):
+        pods = observed.pods_of(job)
+        waits = not pods or all(pod.phase == "Failed" for pod in pods)  # for its first pod, or for the next
+        if job.state != "active" or not waits or not _older(job.created_at, now):
             return job
-        return dataclasses.replace(job, complaint=complaint(await self._api.warnings(key.namespace, job.uid)))
+        since = pods[0].finished_at or pods[0].created_at if pods else None
+        return dataclasses.replace(job, complaint=complaint(await self._api.warnings(key.namespace, job.uid), since))
 
 
 def _older(created_at: datetime | None, now: datetime) -> bool:

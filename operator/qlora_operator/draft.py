@@ -9,11 +9,11 @@ from typing import Any, Literal
 from qlora_operator import conditions
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decision import Action, CreateClaimTemplate, CreateJob, DeleteJob, Event, Measurement
-from qlora_operator.manifests import child_name, merge_key
+from qlora_operator.manifests import child_name
 from qlora_operator.observed import JobView, Observed, PodView
 from qlora_operator.placement import Manifest
 from qlora_vram.observations import Observation
-from qlorajob.identity import prepare_key
+from qlorajob.identity import merge_key, prepare_key
 from qlorajob.resource import QLoRAJob
 from qlorajob.run import Step
 from qlorajob.status import Artifacts, HistoryEntry, Prepared, Progress, QLoRAJobStatus, RunStatus
@@ -53,7 +53,7 @@ class Draft:
         if step == "prepare":
             return prepare_key(self.job.spec)
         assert self.status.prepared is not None  # noqa: S101 (train and merge come after prepare)
-        return self.status.prepared.run_id + (merge_key(self.job) if step == "merge" else "")
+        return self.status.prepared.run_id + (merge_key(self.job.spec) if step == "merge" else "")
 
     def outstanding(self, step: Step) -> str | None:
         """The name of the Job that this step waits for, when one was created for the current inputs."""
@@ -133,8 +133,7 @@ class Draft:
         self.set(run=run, prepared=prepared, artifacts=prepared.artifacts, history=history, job=None)
         if prepared.artifacts:
             self.set_promoted(prepared.promoted)
-            if prepared.artifacts.merged and self.status.merge_key is None:
-                self.set(merge_key=merge_key(self.job))
+            self.set(merge_key=prepared.merge_key)
 
     def take_progress(self, progress: Progress | None) -> None:
         """What the trainer said. Until a process has saved a checkpoint, the run's newest is that of the one before."""

@@ -18,6 +18,7 @@ from typing import Any
 import kopf
 from aiohttp import web
 
+from qlora_operator.absence import Absence
 from qlora_operator.api import Api, ApiError
 from qlora_operator.config import OperatorConfig
 from qlora_operator.controller import Controller
@@ -54,6 +55,7 @@ class Runtime:
         self.metrics = Metrics(lambda: phases(store) if self._leads() else [])
         self.metrics.leader.set_function(self._leads)
         self.poller = Poller(store, self.metrics, self._changed, config.progress_interval_seconds)
+        self.absence = Absence(store, api.present, self._changed)
         namespace = os.environ.get(ENV_NAMESPACE) if config.learning else None
         experience = Experience(api, namespace, config.trainer_image, time.monotonic)
         controller = Controller(api, store, inventory.fleet, experience, config, self.metrics, self.poller.latest)
@@ -83,6 +85,13 @@ class Runtime:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.queue.run(), name="workers")
             group.create_task(self.poller.run(), name="poller")
+            group.create_task(self.absence.run(), name="absence")
+
+    def heard(self, kind: str | None, key: Key) -> None:
+        """An event about the QLoRAJob or its children. Those without a kind are kopf's listings."""
+        if kind is None:
+            self.absence.listed()
+        self.queue.add(key)
 
     async def start(self) -> None:
         """Start the election or, without one, the work; and the metrics server.
@@ -201,13 +210,13 @@ def index_pod(namespace: str | None, labels: kopf.Labels, body: kopf.Body, **_: 
 
 
 @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL)
-def qlorajob_event(namespace: str | None, name: str, memo: Any, **_: Any) -> None:
+def qlorajob_event(type: str | None, namespace: str | None, name: str, memo: Any, **_: Any) -> None:  # noqa: A002
     """The object itself has changed."""
-    memo.runtime.queue.add(Key(namespace or "", name))
+    memo.runtime.heard(type, Key(namespace or "", name))
 
 
 @kopf.on.event("batch", "v1", "jobs", labels={names.LABEL_JOB: kopf.PRESENT})
 @kopf.on.event("", "v1", "pods", labels={names.LABEL_JOB: kopf.PRESENT})
-def child_event(namespace: str | None, labels: kopf.Labels, memo: Any, **_: Any) -> None:
+def child_event(type: str | None, namespace: str | None, labels: kopf.Labels, memo: Any, **_: Any) -> None:  # noqa: A002
     """Something that belongs to the object has changed."""
-    memo.runtime.queue.add(Key(namespace or "", labels[names.LABEL_JOB]))
+    memo.runtime.heard(type, Key(namespace or "", labels[names.LABEL_JOB]))

@@ -12,7 +12,7 @@ from qlora_operator.pods import CONTAINER, pod_spec
 from qlora_vram.requests import merge_requests
 from qlorajob import names
 from qlorajob.errors import ExitCode
-from qlorajob.identity import digest, prepare_key
+from qlorajob.identity import digest, merge_key, prepare_key
 from qlorajob.plan import Plan, Requests
 from qlorajob.resource import QLoRAJob
 from qlorajob.run import RunConfig, Step
@@ -33,11 +33,6 @@ def child_name(job: QLoRAJob, step: Step, identity: str, number: int) -> str:
 
 def _prefix(job: QLoRAJob) -> str:
     return job.metadata.name[:NAME_PREFIX_LENGTH].replace(".", "-").rstrip("-")
-
-
-def merge_key(job: QLoRAJob) -> str:
-    """What makes a merge what it is, beside the run."""
-    return digest(job.spec.merge.to_wire())[:16]
 
 
 def prepare_job(job: QLoRAJob, number: int, config: OperatorConfig) -> Manifest:
@@ -98,7 +93,7 @@ def merge_job(job: QLoRAJob, prepared: Prepared, number: int, config: OperatorCo
     """The Job that merges the adapter into the 16-bit base. CPU only."""
     run = _run_config(job, config, prepared)
     requests = merge_requests(job.spec, prepared.facts, config)
-    return _job(job, "merge", prepared.run_id + merge_key(job), number, run, requests, config)
+    return _job(job, "merge", prepared.run_id + merge_key(job.spec), number, run, requests, config)
 
 
 def _run_config(

@@ -23,6 +23,8 @@ Raw = Mapping[str, Any]
 WARNINGS_ABOUT_STARTS: Final = frozenset(
     {"FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox", "FailedCreate"}
 )
+MAX_DIGITS: Final = 4
+"""Of a pod's number of GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class PodView:
     """Reason of the terminated state, such as OOMKilled."""
     last_words: str = ""
     """The termination message as it was written."""
+    verdict: str = ""
+    """Why the cluster ended or refused the pod, in the kubelet's words: `Evicted: The node was low on …`."""
     report: RunReport | None = None
     progress: Progress | None = None
     """What the poller heard last."""
@@ -121,6 +125,8 @@ class Observed:
     """The cluster's GPUs."""
     observations: Observations = field(default_factory=Observations)
     """What finished runs took."""
+    rivals: tuple[str, ...] = ()
+    """Other QLoRAJobs that are at work on the run that would be started now, into the same place."""
 
     def job(self, name: str) -> JobView | None:
         """The Job of that name."""
@@ -183,7 +189,7 @@ def pod_view(raw: Raw) -> PodView:
         step=(metadata.get("labels") or {}).get(names.LABEL_STEP, ""),
         phase=status.get("phase", "Pending"),
         ip=status.get("podIP", ""),
-        gpus=int((metadata.get("annotations") or {}).get(names.ANNOTATION_GPUS, 0)),
+        gpus=_count((metadata.get("annotations") or {}).get(names.ANNOTATION_GPUS, "")),
         created_at=_time(metadata.get("creationTimestamp")),
         started_at=_time(running.get("startedAt") or ended.get("startedAt")),
         finished_at=_time(ended.get("finishedAt")),
@@ -193,13 +199,18 @@ def pod_view(raw: Raw) -> PodView:
         exit_code=ended.get("exitCode"),
         termination=ended.get("reason", ""),
         last_words=ended.get("message", ""),
+        verdict=": ".join(filter(None, (status.get("reason"), status.get("message")))),
         report=parse_report(ended.get("message", "")),
     )
 
 
-def complaint(events: Iterable[Raw]) -> Complaint:
-    """What warning events about one object say of its start."""
-    relevant = [event for event in events if event.get("reason") in WARNINGS_ABOUT_STARTS]
+def complaint(events: Iterable[Raw], since: datetime | None = None) -> Complaint:
+    """What warning events about one object say of its start, or of its next pod's, `since` the last one has ended."""
+    relevant = [
+        event
+        for event in events
+        if event.get("reason") in WARNINGS_ABOUT_STARTS and (since is None or _seen("lastTimestamp", event) >= since)
+    ]
     if not relevant:
         return Complaint()
     first = min(_seen("firstTimestamp", event) for event in relevant)
@@ -237,6 +248,11 @@ def _condition(status: Raw, kind: str) -> Raw:
 def _seen(which: Literal["firstTimestamp", "lastTimestamp"], event: Raw) -> datetime:
     """Events of the newer kind have one time for both."""
     return datetime.fromisoformat(event.get(which) or event.get("eventTime") or event["metadata"]["creationTimestamp"])
+
+
+def _count(text: str) -> int:
+    """The number in an annotation that anybody may have edited; 0 where it is none."""
+    return int(text) if text.isdecimal() and len(text) <= MAX_DIGITS else 0
 
 
 def _time(value: str | None) -> datetime | None:

@@ -16,6 +16,8 @@ from qlorajob.spec import QLoRAJobSpec
 IMAGE_REASONS: Final = frozenset(
     {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
 )
+CONTAINER_REASONS: Final = frozenset({"CreateContainerError", "RunContainerError"})
+"""The runtime's: a device that can't be injected, a mount that it refuses. The kubelet tries again for ever."""
 PASSING: Final = timedelta(seconds=20)
 """The kubelet tries again after 0.5, 1, 2 … s. What it says in the beginning often passes: it may know a pod before it
 is allowed to read the pod's volumes."""
@@ -23,6 +25,13 @@ MISSING_SECRET: Final = re.compile(r'secret "([^"]+)" not found', re.IGNORECASE)
 MISSING_SECRET_KEY: Final = re.compile(r"couldn't find key (\S+) in Secret [^/\s]+/(\S+)")
 MISSING_CONFIG_MAP: Final = re.compile(r'configmap "([^"]+)" not found', re.IGNORECASE)
 MISSING_CLAIM: Final = re.compile(r'persistentvolumeclaim "([^"]+)" (?:not found|is being deleted)', re.IGNORECASE)
+OVERRUN: Final = re.compile(r"Evicted: .*\bexceed(s|ed)\b", re.DOTALL)
+"""The kubelet's words for a pod that used more local disk than its own limits, whatever the node has left."""
+MORE_DISK: Final[dict[str, str]] = {
+    "prepare": "raise the chart's trainer.prepare.ephemeralStorage",
+    "train": "raise spec.resources.ephemeralStorage, or set model.cacheClaim",
+    "merge": "set model.cacheClaim, so that the download takes no local disk",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,8 @@ def stuck(spec: QLoRAJobSpec, job: JobView, pod: PodView | None) -> Problem | No
         return Problem(Reason.IMAGE_UNAVAILABLE, f"the trainer image can't be pulled: {pod.waiting.message}")
     if pod.waiting and pod.waiting.reason == "CreateContainerConfigError":
         return Problem(Reason.INVALID_SPEC, f"the container can't be configured: {pod.waiting.message}")
+    if pod.waiting and pod.waiting.reason in CONTAINER_REASONS:
+        return Problem(Reason.POD_CREATION_FAILED, f"pod {pod.name} can't start its container: {pod.waiting.message}")
     if pod.complaint.lasting >= PASSING:
         return Problem(Reason.VOLUME_NOT_READY, f"pod {pod.name} can't start: {pod.complaint.message}")
     return None
@@ -73,6 +84,14 @@ def _blame(reason: Reason, message: str, field: str | None) -> Problem:
     return Problem(reason, f"spec.{field}: {message}" if field else message)
 
 
+def overrun(pods: tuple[PodView, ...]) -> Problem | None:
+    """That the step needs more local disk than it may use: the next pod would get as far. `pods` come newest first.
+
+    The kubelet asks such a pod to stop. So it may end as one that was interrupted, which is tried again for ever.
+    """
+    return next((_words(pod) for pod in pods if OVERRUN.match(pod.verdict)), None)
+
+
 def last_failure(pods: tuple[PodView, ...]) -> Problem | None:
     """How the newest pod that failed ended, in its own words where it left some. `pods` come newest first."""
     for pod in pods:
@@ -83,6 +102,9 @@ def last_failure(pods: tuple[PodView, ...]) -> Problem | None:
 
 
 def _words(pod: PodView) -> Problem:
+    if OVERRUN.match(pod.verdict):
+        said = pod.verdict.removeprefix("Evicted: ").strip().rstrip(".")
+        return Problem(Reason.DISK_FULL, f"{pod.step} needs more local disk ({said}): {MORE_DISK.get(pod.step, '')}")
     if pod.report:
         return _blame(pod.report.reason, pod.report.message or pod.report.reason, pod.report.field)
     if pod.termination == "OOMKilled":
@@ -90,6 +112,8 @@ def _words(pod: PodView) -> Problem:
             Reason.OUT_OF_MEMORY,
             "spec.resources.memory: the container was killed for using more host memory than its limit",
         )
+    if pod.verdict:
+        return Problem(Reason.BACKOFF_LIMIT_EXCEEDED, f"pod {pod.name} was ended by the cluster: {pod.verdict.strip()}")
     lines = [line for line in pod.last_words.splitlines() if line.strip()]
     ending = "without an exit code" if pod.exit_code is None else f"with exit code {pod.exit_code}"
     return Problem(

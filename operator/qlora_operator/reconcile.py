@@ -14,13 +14,12 @@ from qlora_operator import outcome as outcomes
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decision import Decision, Event
 from qlora_operator.draft import Draft
-from qlora_operator.manifests import merge_key
 from qlora_operator.observed import Observed
 from qlora_operator.outcome import Kind, Outcome
 from qlora_operator.steps import advance
 from qlorajob import names
 from qlorajob.errors import Reason
-from qlorajob.identity import prepare_key
+from qlorajob.identity import merge_key, prepare_key
 from qlorajob.resource import Metadata, QLoRAJob
 from qlorajob.run import WARNINGS, Step
 from qlorajob.status import Phase, QLoRAJobStatus
@@ -28,16 +27,20 @@ from qlorajob.status import Phase, QLoRAJobStatus
 MAX_PASSES = 8
 """prepare, train and merge can each end and start the next within one look; more means a bug."""
 
-
+COLLECTORS = frozenset({"orphan", "foregroundDeletion"})
+"""Finalizers of the garbage collector: with --cascade=orphan the Jobs are to stay, with foreground it ends them itself,
+and waits for their pods."""
 TOLD_AT_CREATION = frozenset({Reason.PREPARING, Reason.QUEUED, Reason.TRAINING, Reason.MERGING})
 """Reasons of ordinary work, which has its event when its Job is created."""
 
 
 def reconcile(job: QLoRAJob, observed: Observed, config: OperatorConfig, now: datetime) -> Decision:
     """The actions and the status that follow from the job's spec and status, its Jobs and its pods."""
-    if job.metadata.deletion_timestamp:
-        return Decision(job.status)  # owner references end everything
     draft = Draft(job=job, observed=observed, config=config, now=now, status=job.status)
+    if job.metadata.deletion_timestamp:
+        if COLLECTORS.isdisjoint(job.metadata.finalizers):
+            draft.delete_live()  # it waits for somebody else's finalizer, but a GPU shouldn't
+        return Decision(job.status, actions=tuple(draft.actions))
     _tell_warnings(draft)
     outcome = _decide(draft)
     if outcome.kind is Kind.FAILED:
@@ -106,7 +109,7 @@ def next_step(draft: Draft) -> Step | None:
     if not spec.merge.enabled or conditions.promoted(status) is False:
         return None
     complete = artifacts.merged is not None and (spec.merge.gguf is None or artifacts.gguf is not None)
-    return None if complete and status.merge_key == merge_key(draft.job) else "merge"
+    return None if complete and status.merge_key == merge_key(spec) else "merge"
 
 
 def _sticky_failure(draft: Draft) -> Outcome | None:

@@ -17,14 +17,14 @@ from qlora_operator.draft import Draft
 from qlora_operator.fleet import Slot
 from qlora_operator.learning import first_attempt
 from qlora_operator.less_memory import kept_plan, plan_less, was_out_of_memory
-from qlora_operator.manifests import claim_template, merge_job, merge_key, prepare_job, train_job
+from qlora_operator.manifests import claim_template, merge_job, prepare_job, train_job
 from qlora_operator.observed import JobView, PodView
 from qlora_operator.outcome import Outcome
 from qlora_vram.gpus import CPU
 from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import plan
 from qlorajob.errors import ExitCode, Reason
-from qlorajob.identity import plan_key, prepare_key
+from qlorajob.identity import merge_key, plan_key, prepare_key
 from qlorajob.plan import ModelFacts, Plan
 from qlorajob.run import RunReport, Step
 from qlorajob.status import MemoryStatus, Phase, RunStatus
@@ -98,6 +98,8 @@ def _start_train(draft: Draft) -> Outcome:
         return outcomes.working(
             Phase.PENDING, Reason.QUEUED, f"Waiting for {others[0]} of an earlier run or attempt to stop", LOOK_AGAIN
         )
+    if draft.observed.rivals:
+        return _after(draft.observed.rivals[0], Reason.QUEUED)
     kept = kept_plan(draft)
     planned = kept if kept and _slot(draft, kept) else _plan(draft, prepared.facts)
     if isinstance(planned, DoesNotFit):
@@ -126,6 +128,12 @@ def _start_train(draft: Draft) -> Outcome:
     return outcomes.working(Phase.QUEUED, Reason.QUEUED, f"Job {name} is created{where}")
 
 
+def _after(rival: str, reason: Reason) -> Outcome:
+    """One run, one process: what the other one writes is found there then."""
+    message = f"Waiting for QLoRAJob {rival}, which is at work on the same run into the same output"
+    return outcomes.working(Phase.PENDING, reason, message, LOOK_AGAIN)
+
+
 def _slot(draft: Draft, planned: Plan) -> Slot | None:
     """Where the plan's pod goes; None where it has no GPU, or where that class's nodes are gone."""
     return draft.observed.fleet.slot(planned.gpu_class, planned.gpus, draft.job.spec.resources)
@@ -150,6 +158,8 @@ def _start_merge(draft: Draft) -> Outcome:
     others = draft.writers_besides(draft.name_of("merge", draft.next_number("merge")))
     if others:
         return outcomes.working(Phase.PENDING, Reason.MERGING, f"Waiting for {others[0]} to stop", LOOK_AGAIN)
+    if draft.observed.rivals:
+        return _after(draft.observed.rivals[0], Reason.MERGING)
     manifest = merge_job(draft.job, prepared, draft.next_number("merge"), draft.config)
     draft.create("merge", manifest)
     name = manifest["metadata"]["name"]
@@ -175,6 +185,10 @@ def _watch(draft: Draft, step: Step, job: JobView) -> Outcome:
         who = f"queue {queue}" if queue else "its queue"
         message = f"Waiting for {who} to admit Job {job.name}"
         return outcomes.working(Phase.QUEUED, Reason.QUEUED, message)
+    overrun = problems.overrun(pods)
+    if overrun:
+        draft.delete_live()
+        return outcomes.failed(overrun.reason, overrun.message)
     problem = problems.stuck(draft.job.spec, job, pod)
     if problem:
         return outcomes.waiting(STARTING[step], problem.reason, problem.message, LOOK_AGAIN)
@@ -198,8 +212,10 @@ def _between_pods(step: Step, job: JobView, pods: tuple[PodView, ...]) -> Outcom
     if last is None:
         return outcomes.working(STARTING[step], REASONS[step], f"Job {job.name} is about to start a pod", LOOK_AGAIN)
     if pods[0].exit_code == ExitCode.INTERRUPTED:
-        return outcomes.working(STARTING[step], Reason.INTERRUPTED, "Stopped after a checkpoint; another pod goes on")
-    return outcomes.working(STARTING[step], last.reason, f"Will be tried again: {last.message}")
+        return outcomes.working(
+            STARTING[step], Reason.INTERRUPTED, "Stopped after a checkpoint; another pod goes on", LOOK_AGAIN
+        )
+    return outcomes.working(STARTING[step], last.reason, f"Will be tried again: {last.message}", LOOK_AGAIN)
 
 
 def _running(draft: Draft, step: Step, job: JobView, pod: PodView) -> Outcome:
@@ -304,7 +320,7 @@ def _take_merge(draft: Draft, report: RunReport, pod: PodView) -> Outcome | None
     if found is None or found.merged is None or (wants_gguf and found.gguf is None):
         return outcomes.failed(Reason.INTERNAL_ERROR, f"Pod {pod.name} succeeded, but reported no merged model")
     draft.add_artifacts(found)
-    draft.set(merge_key=merge_key(draft.job))
+    draft.set(merge_key=merge_key(draft.job.spec))
     draft.event("Normal", "Merged", f"The merged model is at {found.merged.uri}")
     return None
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Raw = Mapping[str, Any]
+Kind = Literal["qlorajobs", "jobs", "pods"]
 FORGET_AFTER = 60.0
 """Seconds after which a write that the index never showed is forgotten: the object came and went in between."""
 
@@ -26,6 +27,20 @@ class Key(NamedTuple):
 
 
 Index = Mapping[Key, Iterable[Raw]]
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """A list of one kind of objects in one namespace."""
+
+    version: int
+    """The resource version at which it held."""
+    uids: frozenset[str]
+
+    def lacks(self, raw: Raw) -> bool:
+        """The object was there, and isn't any more. A list may be older than what an index has heard."""
+        metadata = raw["metadata"]
+        return metadata["uid"] not in self.uids and int(metadata["resourceVersion"]) <= self.version
 
 
 @dataclass(slots=True)
@@ -44,10 +59,34 @@ class Store:
         self._qlorajobs, self._jobs, self._pods = qlorajobs, jobs, pods
         self._clock = clock
         self._writes: dict[Key, _Writes] = {}
+        self._gone: set[str] = set()
 
     def __iter__(self) -> Iterator[Key]:
         """Every QLoRAJob there is."""
-        yield from list(self._qlorajobs)
+        yield from [key for key in self._qlorajobs if self._at(self._qlorajobs, key)]
+
+    def with_jobs_labelled(self, label: str, value: str) -> list[Key]:
+        """Those that may have a Job with this label: a quick look through all Jobs there are."""
+        indexed = {key for key in self._jobs for job in self._jobs[key] if _label(job, label) == value}
+        written = {
+            key
+            for key, writes in self._writes.items()
+            for job, _ in writes.created.values()
+            if _label(job, label) == value
+        }
+        return sorted(indexed | written)
+
+    def held(self) -> Iterator[tuple[Kind, Key, Raw]]:
+        """Every object in the indexes, with its kind and the QLoRAJob it belongs to."""
+        indexes: dict[Kind, Index] = {"qlorajobs": self._qlorajobs, "jobs": self._jobs, "pods": self._pods}
+        for kind, index in indexes.items():
+            for key in list(index):
+                for raw in self._at(index, key):
+                    yield kind, key, raw
+
+    def forget(self, uid: str) -> None:
+        """The object with this uid is gone, whatever the indexes say."""
+        self._gone.add(uid)
 
     def qlorajob(self, key: Key) -> Raw | None:
         """The newest known version of the object; None when it is gone."""
@@ -97,9 +136,9 @@ class Store:
     def _of(self, key: Key) -> _Writes:
         return self._writes.setdefault(key, _Writes())
 
-    @staticmethod
-    def _at(index: Index, key: Key) -> Iterable[Raw]:
-        return index[key] if key in index else ()  # noqa: SIM401 (kopf's indexes have no get)
+    def _at(self, index: Index, key: Key) -> list[Raw]:
+        found = index[key] if key in index else ()  # noqa: SIM401 (kopf's indexes have no get)
+        return [raw for raw in found if raw["metadata"].get("uid") not in self._gone]
 
 
 def _is_newer(one: Raw, other: Raw) -> bool:
@@ -108,6 +147,10 @@ def _is_newer(one: Raw, other: Raw) -> bool:
     if one_meta["uid"] != other_meta["uid"]:
         return False
     return int(one_meta["resourceVersion"]) > int(other_meta["resourceVersion"])
+
+
+def _label(raw: Raw, label: str) -> str | None:
+    return (raw["metadata"].get("labels") or {}).get(label)
 
 
 def _deleting(job: Raw) -> Raw:

@@ -36,6 +36,11 @@ def plan_key(spec: QLoRAJobSpec) -> str:
     return digest({name: wire[name] for name in PLANNED_SECTIONS})[:16]
 
 
+def merge_key(spec: QLoRAJobSpec) -> str:
+    """16 hex digits of what makes a merge what it is, beside the run."""
+    return digest(spec.merge.to_wire())[:16]
+
+
 def digest(value: Any) -> str:
     """SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

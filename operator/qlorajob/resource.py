@@ -36,6 +36,7 @@ class Metadata(ContractModel):
     generation: int = 0
     annotations: Annotated[Mapping[str, str], BeforeValidator(lambda value: value or {})] = {}
     deletion_timestamp: AwareDatetime | None = None
+    finalizers: Annotated[tuple[str, ...], BeforeValidator(lambda value: value or ())] = ()
 
 
 def _status(value: Any) -> Any:

@@ -236,7 +236,7 @@ class TrainingSpec(SpecModel):
     logging_steps: Annotated[int, Between(1, 1_000_000)] = 10
     """Steps between two values of the loss in logs, metrics and status."""
     save_steps: Annotated[int, Between(0, 100_000_000)] = 100
-    """Steps between two checkpoints in S3; 0 saves only when the pod is asked to stop."""
+    """Steps between two checkpoints in S3; 0 saves only after the last one, and when the pod is asked to stop."""
     eval_steps: Annotated[int, Between(1, 100_000_000)] | None = None
     """Steps between two validation losses. Unset: one with each checkpoint, unless the validation data are too many."""
     save_total_limit: Annotated[int, Between(1, 1000)] = 3

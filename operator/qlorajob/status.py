@@ -219,6 +219,8 @@ class Prepared(ContractModel):
     """Set when the finished run is already in S3: nothing is left to train."""
     promoted: bool | None = None
     """Whether that finished run passed its gate."""
+    merge_key: Annotated[str, Field(max_length=64)] | None = None
+    """Digest of spec.merge, where that finished run is merged as it says."""
 
 
 class HistoryEntry(ContractModel):

@@ -54,7 +54,15 @@ def test_values_reach_the_operator(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["unknown=1", 'trainer.extraEnv="x"', 'gpuClasses=[{"name":"auto","memoryMiB":24000}]', "image.tagg=1"]
+    "value",
+    [
+        "unknown=1",
+        'trainer.extraEnv="x"',
+        'gpuClasses=[{"name":"auto","memoryMiB":24000}]',
+        "image.tagg=1",
+        'watchNamespaces=["a","a"]',
+        'watchNamespaces=["team-*"]',
+    ],
 )
 def test_wrong_values_are_refused(cluster: Cluster, value: str) -> None:
     with pytest.raises(ClusterError, match="schema"):
@@ -119,6 +127,19 @@ def test_an_operator_of_some_namespaces_that_reads_no_nodes_gets_no_cluster_role
     arguments = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"][0]["args"]
     assert {"--namespace=a", "--namespace=b"} <= set(arguments)
     assert "--all-namespaces" not in arguments
+
+
+def test_operators_of_some_namespaces_stand_side_by_side(cluster: Cluster) -> None:
+    """Helm refuses an object that another release has made."""
+
+    def outside(namespace: str) -> set[str]:
+        values = ("--namespace", namespace, "--set-json", f'watchNamespaces=["{namespace}"]')
+        text = cluster.target.helm("template", "qlora-operator", CHART, "--kube-version", "1.36.0", *values)
+        objects = [found for found in YAML(typ="safe").load_all(text) if found]
+        return {found["metadata"]["name"] for found in objects if found["kind"].startswith("ClusterRole")}
+
+    assert outside("team-a")
+    assert not outside("team-a") & outside("team-b")
 
 
 def test_what_runs_took_is_kept_in_one_config_map_that_upgrades_leave_alone(cluster: Cluster) -> None:

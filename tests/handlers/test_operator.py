@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import time
 import urllib.request
 from typing import Any
 
+import pytest
+
+from qlora_operator.api import Api
+from qlora_operator.store import Kind, Present
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.identity import prepare_key
 from qlorajob.resource import parse
@@ -210,6 +215,27 @@ def test_the_log_names_the_object(stage: Stage) -> None:
     stage.phase("logged", "Pending")
     lines = [json.loads(line) for line in stage.operator.log.read_text().splitlines() if line.startswith("{")]
     assert f"{stage.name}/logged" in {line.get("key") for line in lines}
+
+
+def test_what_the_indexes_are_held_against_is_what_is_there(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.apply("listed")
+    stage.pod("listed", "prepare")
+    where = "kubernetes.aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"  # read from $KUBECONFIG once
+    monkeypatch.setattr(where, str(stage.operator.kubeconfig))
+    kinds: tuple[Kind, ...] = ("qlorajobs", "jobs", "pods")
+
+    async def present() -> dict[Kind, Present]:
+        api = await Api.connect()
+        try:
+            return {kind: await api.present(kind, stage.name) for kind in kinds}
+        finally:
+            await api.close()
+
+    for kind, found in asyncio.run(present()).items():
+        there = stage.get(kind)["items"]
+        assert found.uids == {item["metadata"]["uid"] for item in there}
+        assert not any(found.lacks(item) for item in there)
+        assert Present(found.version, frozenset()).lacks(there[0])
 
 
 def test_no_request_of_the_operator_was_forbidden(stage: Stage) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -15,7 +17,7 @@ from qlora_trainer.settings import Settings
 from qlora_trainer.signals import StopSignal
 from qlora_trainer.storage import ABSENT, Overtaken, Storage, open_storage
 from qlorajob.errors import ExitCode, Reason, StepError
-from qlorajob.manifest import LATEST, MANIFEST, ArtifactManifest, Latest, ManifestFile, files_digest
+from qlorajob.manifest import LATEST, MANIFEST, REPORT, ArtifactManifest, Latest, ManifestFile, files_digest
 from qlorajob.status import Artifact
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,10 @@ class RunStore:
             logger.warning("%s: %s is missing or cut: the run counts as unfinished", self.storage.uri, broken[:5])
             return None
         return manifest
+
+    def report(self) -> dict[str, Any]:
+        """The content of report.json; nothing where there is none."""
+        return json.loads(self.storage.read(REPORT) or b"{}")  # type: ignore[no-any-return]
 
     def upload_tree(self, folder: Path, prefix: str) -> tuple[ManifestFile, ...]:
         """Copy a folder's files below `prefix`, and drop what an earlier try left there."""
@@ -136,7 +142,8 @@ def encode(manifest: ArtifactManifest) -> bytes:
 
 def open_output(settings: Settings) -> Storage:
     """The storage of spec.output."""
-    return open_storage(settings.spec.output.uri, settings.spec.output, field="output.uri")
+    output = settings.spec.output
+    return open_storage(output.uri, output, field="output.uri", accepted=settings.config.prepared is not None)
 
 
 def check_output(output: Storage) -> None:

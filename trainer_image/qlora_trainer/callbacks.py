@@ -119,6 +119,8 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Stop after this step, with a checkpoint, if asked to."""
         self._uploads.check()
+        if state.global_step >= state.max_steps:
+            control.should_save = True  # a stop during what follows, evaluation and upload, mustn't cost the training
         if self._stop.requested and state.global_step < state.max_steps:
             logger.warning("asked to stop: saving a checkpoint at step %d", state.global_step)
             control.should_save = control.should_log = control.should_training_stop = True

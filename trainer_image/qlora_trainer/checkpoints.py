@@ -19,10 +19,10 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from qlora_trainer.artifacts import Damaged, RunStore
-from qlora_trainer.publication import PublishedElsewhere
+from qlora_trainer.publication import CLAIM, PublishedElsewhere
 from qlorajob.base import ContractModel
 from qlorajob.errors import StepError
-from qlorajob.manifest import CHECKPOINTS, MANIFEST, ManifestFile
+from qlorajob.manifest import CHECKPOINTS, MANIFEST, ArtifactManifest, ManifestFile
 from qlorajob.status import SavedCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class CheckpointStore:
         self._keep = keep
         self._warn = warn
         self._writer = secrets.token_hex(4)
+        self._broken: set[StoredCheckpoint] = set()
 
     def save(self, folder: Path, step: int) -> SavedCheckpoint:
         """Upload a checkpoint, then drop those beyond the newest `keep`.
@@ -82,11 +83,10 @@ class CheckpointStore:
 
         The folder is emptied first: with `qlora run`, a process that was killed may have left something.
         """
-        broken: set[StoredCheckpoint] = set()
         while True:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            newest = next((found for found in self.whole() if found not in broken), None)
+            newest = next((found for found in self.whole() if found not in self._broken), None)
             if newest is None:
                 return None
             target = folder / f"checkpoint-{newest.step}"
@@ -94,7 +94,7 @@ class CheckpointStore:
             if reason is None:
                 return target
             self._warn(f"checkpoint of step {newest.step} is skipped: {reason}")
-            broken.add(newest)
+            self._broken.add(newest)
 
     def sweep(self) -> None:
         """Drop what processes that were killed left half done."""
@@ -139,10 +139,13 @@ class CheckpointStore:
         return None
 
     def _prune(self) -> None:
-        """Drop what is older than the newest `keep`. Checkpoints that stay too long do no harm."""
+        """Drop what is older than the newest `keep`, and what couldn't be restored: it is no use, and would take the
+        place of one that is. Checkpoints that stay too long do no harm."""
         try:
-            for old in self.whole()[self._keep :]:
-                self._delete(old)
+            whole = self.whole()
+            usable = [found for found in whole if found not in self._broken]
+            for found in (*usable[self._keep :], *self._broken.intersection(whole)):
+                self._delete(found)
         except StepError as error:
             logger.warning("old checkpoints stay: %s", error.message, extra={"reason": error.reason})
 
@@ -150,3 +153,15 @@ class CheckpointStore:
         """The manifest goes first, so that half a checkpoint never looks whole."""
         self._storage.delete([f"{checkpoint.prefix}/{MANIFEST}"])
         self._storage.delete([item.key for item in self._storage.list(f"{checkpoint.prefix}/")])
+
+
+def conclude(store: RunStore, manifest: ArtifactManifest) -> None:
+    """What follows a run's manifest: latest.json points to it, and its checkpoints go. The claim goes last."""
+    store.point_latest(manifest)
+    CheckpointStore(store, keep=0, warn=logger.warning).delete_all()
+    store.storage.delete([CLAIM])
+
+
+def is_concluded(store: RunStore) -> bool:
+    """Whether nothing of that is left to do, for a run whose manifest is there."""
+    return store.storage.read(CLAIM) is None

@@ -23,11 +23,15 @@ def hide(secret: str) -> None:
 
 
 def redact(text: str, env: Mapping[str, str] = os.environ) -> str:
-    """The text with the values of the secret variables, and those that were hidden, blanked out."""
-    for value in {env.get(name, "") for name in SECRET_VARIABLES} | _hidden:
+    """The text with the values of the secret variables, and those that were hidden, blanked out.
+
+    Half a character, as file names and data may hold, becomes a question mark: neither log nor report could be written.
+    """
+    # Libraries use a value without the line's end that `echo` put into the Secret.
+    for value in {env.get(name, "").strip() for name in SECRET_VARIABLES} | _hidden:
         if len(value) >= 4:
             text = text.replace(value, "***")
-    return text
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class JsonFormatter(logging.Formatter):

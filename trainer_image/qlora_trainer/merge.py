@@ -48,8 +48,8 @@ def run(context: Context) -> None:
         outcome.reason = Reason.NOT_BETTER_THAN_BASE
         outcome.message = "the adapter isn't better than the base model (evaluation.gate): not merged"
         return
-    report = json.loads(store.storage.read(REPORT) or b"{}")
-    if _is_done(manifest, report, spec.merge):
+    report = store.report()
+    if is_done(manifest, report, spec.merge):
         outcome.message = f"run {prepared.run_id} is already merged"
         return
 
@@ -59,7 +59,7 @@ def run(context: Context) -> None:
     outcome.message = f"merged into {spec.merge.dtype} weights{exported}"
 
 
-def _is_done(manifest: ArtifactManifest, report: dict[str, Any], wanted: MergeSpec) -> bool:
+def is_done(manifest: ArtifactManifest, report: dict[str, Any], wanted: MergeSpec) -> bool:
     """Whether the manifest lists all that is wanted, as it is wanted."""
     done = report.get("merge", {})
     if manifest.artifacts.merged is None or done.get("dtype") != wanted.dtype:

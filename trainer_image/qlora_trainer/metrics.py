@@ -77,10 +77,14 @@ class Telemetry:
             path = environ.get("PATH_INFO", "")
             if path == "/metrics":
                 return cast("Iterable[bytes]", metrics(environ, start_response))
-            content = {"/progress": self.progress.to_wire(), "/healthz": {"status": "ok"}}.get(path)
-            status = "404 Not Found" if content is None else "200 OK"
+            status, content = "200 OK", json.dumps({"status": "ok"})
+            if path == "/progress":
+                # pydantic's JSON: a loss that isn't a number any more is null there. json's NaN is no JSON.
+                content = self.progress.model_dump_json(by_alias=True, exclude_none=True)
+            elif path != "/healthz":
+                status, content = "404 Not Found", json.dumps({"error": "there are /metrics, /progress and /healthz"})
             start_response(status, [("Content-Type", "application/json")])
-            return [json.dumps(content or {"error": "there are /metrics, /progress and /healthz"}).encode()]
+            return [content.encode()]
 
         return answer
 

@@ -32,7 +32,8 @@ _jitter = random.Random()  # noqa: S311 - not the generator that training draws 
 
 def open_input(uri: str, settings: Settings, *, field: str) -> Storage:
     """The S3 that a model or data are read from. A stop interrupts the waiting: reading them is never deferred."""
-    return while_it_answers(open_storage(uri, settings.spec.output, field=field), StopSignal())
+    accepted = settings.config.prepared is not None
+    return while_it_answers(open_storage(uri, settings.spec.output, field=field, accepted=accepted), StopSignal())
 
 
 def while_it_answers(storage: Storage, stop: StopSignal) -> PatientStorage:

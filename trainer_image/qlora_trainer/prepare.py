@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 
-from qlora_trainer import gguf_export, unsloth_backend
+from qlora_trainer import gguf_export, merge, unsloth_backend
 from qlora_trainer.artifacts import RunStore, check_output, open_output
+from qlora_trainer.checkpoints import conclude, is_concluded
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
 from qlora_trainer.data import load_data
@@ -52,7 +53,11 @@ def run(context: Context) -> None:
     clock.lap("data")
 
     run_id = identity.run_id(spec, model_revision=source.revision, dataset_digest=data.digest)
-    manifest = RunStore(output, run_id).manifest()
+    store = RunStore(output, run_id)
+    manifest = store.manifest()
+    if manifest is not None and not is_concluded(store):
+        conclude(store, manifest)  # its process was killed just before, and nobody may train this run again
+    merged = manifest is not None and merge.is_done(manifest, store.report(), spec.merge)
     if manifest is None and settings.cache_dir is not None:
         source.weights_folder()  # into the shared volume, while no GPU waits
         clock.lap("weights")
@@ -70,6 +75,7 @@ def run(context: Context) -> None:
         facts=facts,
         artifacts=manifest.artifacts if manifest else None,
         promoted=manifest.promoted if manifest else None,
+        merge_key=identity.merge_key(spec) if merged else None,
     )
     if manifest is not None:
         context.outcome.reason = Reason.ALREADY_TRAINED

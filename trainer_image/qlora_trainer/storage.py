@@ -69,10 +69,11 @@ class Storage(Protocol):
         """The storage below a prefix of this one."""
 
 
-def open_storage(uri: str, output: OutputSpec, *, field: str) -> Storage:
+def open_storage(uri: str, output: OutputSpec, *, field: str, accepted: bool = False) -> Storage:
     """The storage at an s3:// or file:// URI. Endpoint, region and credentials are those of spec.output.
 
-    `field` is the one that named the URI, for messages.
+    `field` is the one that named the URI, for messages. `accepted` says that an earlier step could use the credentials:
+    if they don't do any more, they ran out or are being rotated, which passes.
     """
     uri = uri.rstrip("/")
     parts = urlsplit(uri)
@@ -82,7 +83,7 @@ def open_storage(uri: str, output: OutputSpec, *, field: str) -> Storage:
     from qlora_trainer.s3.errors import Blame
     from qlora_trainer.s3.storage import S3Storage
 
-    return S3Storage(open_client(output), parts.netloc, parts.path.strip("/"), Blame(field, output))
+    return S3Storage(open_client(output), parts.netloc, parts.path.strip("/"), Blame(field, output, accepted))
 
 
 class LocalStorage:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from qlora_trainer import unsloth_backend
 from qlora_trainer.artifacts import RunStore
-from qlora_trainer.checkpoints import CheckpointStore
+from qlora_trainer.checkpoints import conclude
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
 from qlora_trainer.libraries import import_bitsandbytes, importing_much
 from qlora_trainer.metrics import Telemetry
 from qlora_trainer.model_source import weights_on_disk
-from qlora_trainer.publication import CLAIM, PublishedElsewhere
+from qlora_trainer.publication import PublishedElsewhere
 from qlora_trainer.read_ahead import read_ahead
 from qlorajob.errors import Reason, StepError
 from qlorajob.manifest import ArtifactManifest
@@ -33,10 +33,7 @@ def run(context: Context) -> None:
             manifest = _train(context, store)
         except PublishedElsewhere as elsewhere:
             manifest, already = elsewhere.manifest, True
-    # Also when it was there already: the first time may have ended just before this.
-    store.point_latest(manifest)
-    CheckpointStore(store, keep=0, warn=context.outcome.warn).delete_all()
-    store.storage.delete([CLAIM])
+    conclude(store, manifest)  # also when it was there already: the first time may have ended just before this
     _tell(context, manifest)
     if already:
         context.outcome.reason, context.outcome.message = Reason.ALREADY_TRAINED, f"run {run_id} is already trained"

@@ -6,6 +6,11 @@
 {{- end -}}
 {{- end -}}
 
+{{- /* Of what is in no namespace: with watchNamespaces, several releases of one name may stand side by side. */ -}}
+{{- define "qlora.clusterName" -}}
+{{- if .Values.watchNamespaces -}}{{ .Release.Namespace }}-{{ end -}}{{ include "qlora.name" . }}
+{{- end -}}
+
 {{- define "qlora.serviceAccount" -}}
 {{- .Values.serviceAccount.name | default (include "qlora.name" .) -}}
 {{- end -}}

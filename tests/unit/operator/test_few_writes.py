@@ -36,6 +36,7 @@ class Server:
     pods: dict[Key, list[Json]] = field(default_factory=lambda: {KEY: []})
     writes: list[str] = field(default_factory=list)
     progress: Progress | None = None
+    said: list[Json] = field(default_factory=list)
 
     @property
     def controller(self) -> Controller:
@@ -64,7 +65,7 @@ class Server:
         self.writes.append("event")
 
     async def warnings(self, *_: Any) -> list[Json]:
-        return []
+        return self.said
 
 
 def _qlorajob() -> Json:
@@ -106,6 +107,27 @@ async def test_a_change_is_one_patch_of_what_changed() -> None:
     await settle(server)
     assert server.writes == ["status"]
     assert set(merge_patch(before, server.job["status"])) <= {"conditions", "phase"}
+
+
+async def test_a_quota_that_refuses_the_next_pod_is_told_although_there_was_one() -> None:
+    server = Server()
+    await settle(server)
+    old, late = "2026-01-01T00:00:00Z", "2026-01-01T01:00:00Z"
+    (job,) = server.jobs[KEY]
+    job["metadata"]["creationTimestamp"] = old
+    metadata = {
+        "name": "p",
+        "uid": "p1",
+        "creationTimestamp": old,
+        "ownerReferences": [{"controller": True, "uid": "j1", "name": "j"}],
+    }
+    server.pods[KEY] = [{"metadata": metadata, "spec": {"nodeName": "n"}, "status": {"phase": "Failed"}}]
+    server.said = [
+        {"reason": "FailedCreate", "message": "exceeded quota", "firstTimestamp": late, "lastTimestamp": late}
+    ]
+    await settle(server)
+    ready = next(each for each in server.job["status"]["conditions"] if each["type"] == "Ready")
+    assert (ready["reason"], "exceeded quota" in ready["message"]) == ("PodCreationFailed", True)
 
 
 # Progress

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
-from qlora_operator.observed import Complaint, complaint
+import pytest
+
+from qlora_operator.observed import Complaint, complaint, pod_view
+from qlorajob import names
 
 
 def event(reason: str, message: str, first: str, last: str) -> dict[str, Any]:
@@ -51,5 +54,27 @@ def test_events_of_the_newer_kind_are_read_too() -> None:
     assert complaint([newer]) == Complaint("exceeded quota")
 
 
+def test_what_was_said_before_the_last_pod_is_no_complaint_about_the_next() -> None:
+    events = [
+        event("FailedCreate", "webhook is down", "10:00:00", "10:00:05"),
+        event("FailedCreate", "exceeded quota", "10:20:00", "10:20:00"),
+    ]
+    ended = datetime.fromisoformat(_at("10:10:00"))
+    assert complaint(events, ended).message == "exceeded quota"
+    assert complaint(events[:1], ended) == Complaint()
+
+
 def test_warnings_that_arent_about_a_start_are_none_of_it() -> None:
     assert complaint([event("Unhealthy", "probe failed", "10:00:00", "10:01:00")]) == Complaint()
+
+
+@pytest.mark.parametrize(("text", "gpus"), [("2", 2), ("", 0), ("two", 0), ("-2", 0), ("1e9", 0), ("9" * 5000, 0)])
+def test_a_number_of_gpus_that_somebody_edited_harms_nobody(text: str, gpus: int) -> None:
+    metadata = {"name": "x", "uid": "u", "annotations": {names.ANNOTATION_GPUS: text}}
+    assert pod_view({"metadata": metadata, "spec": {}}).gpus == gpus
+
+
+def test_what_the_kubelet_says_of_a_pod_that_it_evicted_is_read() -> None:
+    said = "The node was low on resource: memory. "
+    status = {"phase": "Failed", "reason": "Evicted", "message": said}
+    assert pod_view({"metadata": {"name": "x", "uid": "u"}, "spec": {}, "status": status}).verdict == f"Evicted: {said}"

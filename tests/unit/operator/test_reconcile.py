@@ -127,13 +127,26 @@ def test_nothing_changes_on_another_look_at_work_under_way(stage: str) -> None:
 # Odds and ends
 
 
-def test_an_object_that_is_being_deleted_is_left_to_the_garbage_collector() -> None:
+def being_deleted(*finalizers: str) -> World:
     world = training()
-    metadata = world.job.metadata.model_copy(update={"deletion_timestamp": world.now})
+    metadata = world.job.metadata.model_copy(update={"deletion_timestamp": world.now, "finalizers": finalizers})
     world.job = world.job.model_copy(update={"metadata": metadata})
+    return world
+
+
+def test_an_object_that_somebody_s_finalizer_keeps_gives_its_gpu_back() -> None:
+    """The garbage collector takes its Jobs only once it is gone."""
+    world = being_deleted("example.com/audit")
     before = world.status
+    world.look()
+    assert world.live("train") == []
     assert world.look().actions == ()
     assert world.status == before
+
+
+@pytest.mark.parametrize("finalizer", ["orphan", "foregroundDeletion"])
+def test_an_object_that_the_garbage_collector_is_at_work_on_is_left_to_it(finalizer: str) -> None:
+    assert being_deleted(finalizer, "example.com/audit").look().actions == ()
 
 
 def test_stale_live_jobs_of_the_same_object_are_deleted() -> None:

@@ -158,6 +158,34 @@ def test_an_interrupted_pod_isnt_a_failure() -> None:
     assert world.reason() == Reason.INTERRUPTED
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        'Usage of EmptyDir volume "work" exceeds the limit "8Gi". ',
+        "Pod ephemeral local storage usage exceeds the total limit of containers 8Gi. ",
+        'Container trainer exceeded its local ephemeral storage limit "8Gi". ',
+    ],
+)
+def test_a_pod_that_overran_its_own_disk_isnt_started_again_and_again(said: str) -> None:
+    """The kubelet sends it a SIGTERM, and exit code 143 is no failure to the Job."""
+    world = training()
+    interrupted = failure("train", ExitCode.INTERRUPTED, Reason.INTERRUPTED, "train was asked to stop")
+    world.end("train", 143, interrupted, verdict=f"Evicted: {said}")
+    world.look()
+    assert (world.status.phase, world.reason()) == (Phase.FAILED, Reason.DISK_FULL)
+    assert said.strip().rstrip(".") in world.message()
+    assert "spec.resources.ephemeralStorage" in world.message()
+    assert not world.live("train")
+
+
+def test_a_pod_that_a_node_without_room_evicted_is_tried_again_and_says_why() -> None:
+    world = training()
+    world.end("train", 137, None, verdict="Evicted: The node was low on resource: memory. ")
+    world.look()
+    assert "Failed" not in world.true()
+    assert "The node was low on resource: memory" in world.message()
+
+
 def failed() -> World:
     world = World()
     world.look()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 
 from qlorajob.errors import Reason
-from qlorajob.identity import prepare_key
-from qlorajob.status import Phase
-from tests.support.reports import adapter, prepare_report
+from qlorajob.identity import merge_key, prepare_key
+from qlorajob.status import Artifacts, Phase
+from tests.support.reports import adapter, artifact, prepare_report
 from tests.unit.operator.world import World, qlorajob, trained, training
 
 MERGE = {"merge": {"enabled": True}}
@@ -36,6 +36,20 @@ def test_a_finished_run_in_s3_is_merged_when_that_is_missing() -> None:
     world = World(qlorajob(MERGE))
     world.prepare(artifacts=adapter("run1"))
     assert world.status.phase is Phase.MERGING
+
+
+def test_a_finished_run_in_s3_is_merged_when_its_merged_model_is_of_another_type() -> None:
+    both = Artifacts(adapter=artifact("run1", "adapter"), merged=artifact("run1", "merged"))
+    world = World(qlorajob(MERGE))
+    world.prepare(artifacts=both)
+    assert world.status.phase is Phase.MERGING
+
+
+def test_a_finished_run_in_s3_that_is_merged_as_wanted_isnt_merged_again() -> None:
+    both = Artifacts(adapter=artifact("run1", "adapter"), merged=artifact("run1", "merged"))
+    world = World(qlorajob(MERGE))
+    world.prepare(artifacts=both, merge_key=merge_key(world.job.spec))
+    assert world.status.phase is Phase.SUCCEEDED
 
 
 def test_a_crash_between_creating_and_recording_a_job_creates_no_second() -> None:

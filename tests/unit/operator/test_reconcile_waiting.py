@@ -129,6 +129,7 @@ def test_preemption_is_a_requeue_not_a_failure() -> None:
         ),
         ("ErrImagePull", "no such host", "ImageUnavailable", "no such host"),
         ("ImagePullBackOff", "back-off", "ImageUnavailable", "back-off"),
+        ("CreateContainerError", "unresolvable CDI devices", "PodCreationFailed", "unresolvable CDI devices"),
     ],
 )
 def test_a_container_that_cant_start_stalls_the_job_until_it_can(

@@ -59,6 +59,7 @@ class World:
     now: datetime = START
     created: list[str] = field(default_factory=list)
     recorded: set[str] = field(default_factory=set)
+    rivals: tuple[str, ...] = ()
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     _numbers: Any = field(default_factory=itertools.count)
@@ -69,7 +70,9 @@ class World:
 
     @property
     def observed(self) -> Observed:
-        return Observed(tuple(self.jobs.values()), tuple(self.pods.values()), self.fleet, self.observations)
+        return Observed(
+            tuple(self.jobs.values()), tuple(self.pods.values()), self.fleet, self.observations, self.rivals
+        )
 
     def look(self, *, record: bool = True) -> Decision:
         """One reconcile, carried out. Without `record` the operator dies before it writes the status."""

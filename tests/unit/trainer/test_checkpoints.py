@@ -143,6 +143,18 @@ def test_when_none_is_whole_training_starts_anew(
     assert len(warnings) == 2
 
 
+def test_a_broken_checkpoint_does_not_take_the_place_of_those_that_follow(
+    checkpoints: CheckpointStore, store: RunStore, tmp_path: Path, warnings: list[str]
+) -> None:
+    """It has the higher step: were it kept, each new one would be dropped as soon as it is saved."""
+    alone = CheckpointStore(store, keep=1, warn=warnings.append)
+    store.storage.write(_key(store, 10, "state"), b"broken")
+    assert _restored(alone, tmp_path) == "step 4"
+    alone.save(_folder(tmp_path, 6), 6)
+    assert [found.step for found in alone.whole()] == [6]
+    assert _restored(CheckpointStore(store, keep=1, warn=pytest.fail), tmp_path) == "step 6"
+
+
 def test_what_a_killed_process_left_half_done_is_swept_away(checkpoints: CheckpointStore, store: RunStore) -> None:
     store.storage.write("checkpoints/step-12.0badcafe/state", b"half")
     store.storage.delete([_key(store, 10, "manifest.json")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from qlora_trainer.context import Outcome
+from qlora_trainer.publication import CLAIM
 from qlorajob.errors import Reason
+from qlorajob.identity import merge_key
 from qlorajob.manifest import ArtifactManifest, Latest, files_digest
 from qlorajob.status import Prepared
 from tests.unit.trainer.jobs import Job
@@ -198,6 +201,30 @@ def test_preparing_again_finds_the_artifacts(done: Done) -> None:
     assert outcome.reason is Reason.ALREADY_TRAINED
     assert outcome.prepared is not None
     assert outcome.prepared.artifacts == done.manifest.artifacts
+
+
+def test_preparing_again_tells_which_merge_it_found(done: Done) -> None:
+    wanted = deepcopy(done.job.spec)
+    try:
+        as_it_is = done.job.run("prepare", done.job.config()).prepared
+        done.job.change(merge={"dtype": "bfloat16"})
+        in_another_type = done.job.run("prepare", done.job.config()).prepared
+    finally:
+        done.job.spec = wanted
+    assert as_it_is
+    assert in_another_type
+    assert (as_it_is.merge_key, in_another_type.merge_key) == (merge_key(done.job.config().spec), None)
+
+
+def test_preparing_again_ends_what_a_killed_trainer_left_after_its_manifest(done: Done) -> None:
+    (done.job.output / "latest.json").unlink()
+    left = [done.folder / CLAIM, done.folder / "checkpoints" / "step-5.0badcafe" / "state"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    done.job.run("prepare", done.job.config())
+    assert (done.job.output / "latest.json").exists()
+    assert not any(path.exists() for path in left)
 
 
 def test_merging_again_does_nothing(done: Done) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,19 @@ def test_a_deferred_stop_is_only_remembered() -> None:
     assert stop.requested
 
 
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root makes a process 1")
+def test_process_1_of_a_container_can_be_stopped_while_it_imports() -> None:
+    """Without a handler the kernel drops the signal, and the pod goes on until its grace period ends."""
+    script = "import qlora_trainer, time; print('imports', flush=True); time.sleep(60)"
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as outside:
+        assert outside.stdout is not None
+        assert outside.stdout.readline() == "imports\n"
+        (inside,) = Path(f"/proc/{outside.pid}/task/{outside.pid}/children").read_text().split()
+        os.kill(int(inside), signal.SIGTERM)
+        assert outside.wait(30) == ExitCode.INTERRUPTED
+
+
 def test_a_log_line_is_json_with_the_job_s_key() -> None:
     record = logging.LogRecord("x", logging.INFO, "x.py", 1, "step %d", (3,), None)
     record.loss = 2.5
@@ -200,6 +214,18 @@ def test_a_report_tells_the_newest_warnings_without_secrets(monkeypatch: pytest.
     told = report_on("train", outcome, ExitCode.DONE, Reason.SUCCEEDED, "", None)
     assert [text[:6] for text in told.warnings] == [f"{number} *** " for number in range(2, 7)]
     assert {len(text) for text in told.warnings} == {WARNING_LENGTH}
+
+
+def test_half_a_character_in_an_error_leaves_the_report_and_the_log_whole() -> None:
+    told = report_on("train", Outcome(), ExitCode.INVALID, Reason.MODEL_INVALID, "there is no caf\udce9.bin", None)
+    assert RunReport.model_validate_json(told.to_json()).message == "there is no caf?.bin"
+    record = logging.LogRecord("x", logging.ERROR, "x.py", 1, "there is no caf\udce9.bin", (), None)
+    assert json.loads(logs.JsonFormatter({}).format(record))["message"] == "there is no caf?.bin"
+
+
+def test_a_secret_is_hidden_where_a_library_has_cut_its_line_end_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_made_with_echo\n")
+    assert logs.redact("Authorization: Bearer hf_made_with_echo") == "Authorization: Bearer ***"
 
 
 def test_an_unknown_command_prints_the_usage(job: Job) -> None:

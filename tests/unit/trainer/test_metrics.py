@@ -46,6 +46,13 @@ def test_progress_says_when(url: str) -> None:
     assert "updatedAt" in json.loads(_get(f"{url}/progress"))
 
 
+def test_a_loss_that_is_no_number_any_more_is_left_out_of_the_progress(telemetry: Telemetry, url: str) -> None:
+    """The API server would refuse the status that it is copied into, and so everything else in it."""
+    telemetry.advance(loss=float("nan"), eval_loss=float("inf"))
+    progress = Progress.model_validate_json(_get(f"{url}/progress"))
+    assert (progress.step, progress.loss, progress.eval_loss) == (3, None, None)
+
+
 def test_the_gauges_follow_the_progress(url: str) -> None:
     gauges = _gauges(_get(f"{url}/metrics"))
     assert gauges == {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from qlora_trainer.report_page import duration, render, short, size
+from qlora_trainer.report_page import duration, render, report_files, short, size
 from qlorajob.manifest import REPORT, REPORT_PAGE
 from tests.unit.trainer.jobs import Job
 
@@ -230,6 +230,14 @@ def test_a_report_of_a_run_that_diverged_or_measured_little_still_makes_a_page(r
             report | {"loss": loss, "memory": {}, "prompts": [], "throughput": dict.fromkeys(report["throughput"], 0)}
         )
         assert "<h2>How it learnt</h2>" in page
+
+
+def test_a_loss_that_is_no_number_is_null_in_the_report_which_a_merge_can_read(report: dict[str, Any]) -> None:
+    curve = [{"step": 1, "loss": math.nan, "learningRate": 0.1, "gradNorm": math.inf}]
+    diverged = report | {"loss": report["loss"] | {"last": math.nan, "evalTuned": math.nan, "curve": curve}}
+    written = json.loads(report_files(diverged)[REPORT], parse_constant=pytest.fail)
+    assert (written["loss"]["last"], written["loss"]["curve"][0]["gradNorm"]) == (None, None)
+    assert report_files(written)[REPORT] == report_files(diverged)[REPORT]
 
 
 @pytest.mark.parametrize(

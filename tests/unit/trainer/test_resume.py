@@ -233,14 +233,16 @@ def test_another_seed_gives_another_adapter(
     assert _weights(job, prepared) != uninterrupted
 
 
+@pytest.mark.parametrize("save_steps", [4, 0])
 def test_a_run_that_ended_before_its_upload_only_uploads(
+    save_steps: int,
     tmp_path_factory: pytest.TempPathFactory,
     model_folder: Path,
     instructions: Path,
     uninterrupted: bytes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job = _job(tmp_path_factory, model_folder, instructions, saveSteps=4)
+    job = _job(tmp_path_factory, model_folder, instructions, saveSteps=save_steps)
     prepared = job.prepare()
     with monkeypatch.context() as patched:
         patched.setattr("qlora_trainer.recipe.save_adapter", _lose_connection)

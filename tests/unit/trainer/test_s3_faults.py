@@ -16,6 +16,7 @@ import botocore.auth
 import pytest
 
 from qlora_trainer import patience
+from qlora_trainer.artifacts import open_output
 from qlora_trainer.patience import PatientStorage
 from qlora_trainer.s3 import client, upload
 from qlora_trainer.signals import Stopped, StopSignal
@@ -34,6 +35,7 @@ from tests.support.faulty_s3 import (
     lose_answer,
     reset,
 )
+from tests.support.reports import prepared
 from tests.unit.trainer.gateway import ACCESS_KEY, SECRET_KEY, Gateway, running
 from tests.unit.trainer.jobs import Job
 
@@ -319,6 +321,18 @@ def test_credentials_that_never_worked_are_wrong_for_good(secret: Callable[..., 
     with pytest.raises(StepError, match="refuses the credentials in Secret s3-credentials") as refused:
         storage.write("key", b"x")
     assert (refused.value.reason, refused.value.code) == (Reason.ACCESS_DENIED, ExitCode.INVALID)
+
+
+def test_credentials_that_run_out_between_two_steps_or_pods_are_tried_again(
+    secret: Callable[..., None], job: Job, bucket: str, gateway: Gateway
+) -> None:
+    """A pod that starts while a Secret is being renewed: prepare could use it, so it wasn't wrong."""
+    secret(ACCESS_KEY, "expired")
+    job.change(output={"uri": bucket, "endpoint": gateway.endpoint, "credentialsSecretRef": {"name": "s3-credentials"}})
+    for config, code in ((job.config(), ExitCode.INVALID), (job.config(prepared("key")), ExitCode.TRANSIENT)):
+        with pytest.raises(StepError) as refused:
+            open_output(job.settings(config)).read("manifest.json")
+        assert (refused.value.reason, refused.value.code) == (Reason.ACCESS_DENIED, code)
 
 
 def test_a_mounted_file_that_is_gone_for_a_moment_does_no_harm(

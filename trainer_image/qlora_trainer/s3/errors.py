@@ -55,8 +55,8 @@ class Blame:
     field: str
     output: OutputSpec
     accepted: bool = False
-    """The server has accepted the credentials before. If it no longer does they were rotated or ran out, which another
-    pod, or a moment, cures: transient. Else they are wrong."""
+    """The server has accepted the credentials before, of this process or of the step before it. If it no longer does
+    they were rotated or ran out, which another pod, or a moment, cures: transient. Else they are wrong."""
 
     def server(self, error: ClientError, bucket: str, action: str) -> NoReturn:
         """An answer of the server that isn't the wanted one."""
