@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_trainer.chat import ChatRenderer, common_length, messages_of, tokens_within
+from qlora_trainer.chat import ChatRenderer, common_length, messages_of, says_something, tokens_within
 from qlora_trainer.rows import Row
 from qlora_trainer.templates import PromptTemplate
 from qlorajob.errors import Reason, StepError
@@ -141,7 +141,7 @@ class Encoder:
     def _conversations(self, rows: Sequence[Row], chat: ChatRenderer) -> Iterable[Encoded | None]:
         conversations = [messages_of(row, self.columns.names["messages"]) for row in rows]
         rendered = [
-            chat.conversation(messages, row.where) if messages else ("", [])
+            chat.conversation(messages, row.where) if any(map(says_something, messages)) else ("", [])
             for messages, row in zip(conversations, rows, strict=True)
         ]
         if not rendered:

@@ -121,8 +121,8 @@ def test_a_row_with_nothing_to_learn_is_dropped(tokenizer: Any, record: dict[str
     ("record", "words"),
     [
         ({"text": ["x"]}, "line 1: column text holds list, not text"),
-        ({"messages": [{"role": "narrator", "content": "x"}]}, "line 1: column messages must be a list of messages"),
-        ({"messages": "hello"}, "line 1: column messages must be a list of messages"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "line 1: the role of message 1 in column messages is narrator"),
+        ({"messages": "hello"}, "line 1: the role of message 1 in column messages is narrator"),
         ({"text": "\ud83d"}, r"line 1: column text holds \\ud83d, half of a character"),
         (
             {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\ud83d"}]},
