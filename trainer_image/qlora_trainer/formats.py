@@ -125,7 +125,7 @@ class Encoder:
         output = columns.text(row, "output")
         if not output.strip():
             return ""
-        return self._template.render(columns.text(row, "instruction"), columns.text(row, "input"), output)
+        return self._template.render(columns.text(row, "instruction"), columns.text(row, "input"), output, row.where)
 
     def _prompt_completion(self, rows: Sequence[Row]) -> Iterable[Encoded | None]:
         prompts = [self.columns.text(row, "prompt") for row in rows]
