@@ -222,16 +222,18 @@ def _require_filter_columns(wanted: Mapping[str, str], columns: Sequence[str]) -
 
 
 def _passes(row: Row, wanted: Mapping[str, str]) -> bool:
-    return all(_plain(row.values.get(key)) == value for key, value in wanted.items())
+    return all(value in _spellings(row.values.get(key)) for key, value in wanted.items())
 
 
-def _plain(value: Any) -> str:
-    """A value as the manifest's filter writes it."""
+def _spellings(value: Any) -> tuple[str, ...]:
+    """How the manifest's filter may write a value."""
     if value is None or value != value:  # NaN is how pandas writes null
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of whole numbers that has a null somewhere
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return ("",)
+    if isinstance(value, bool):
+        return (str(value).lower(),)
+    if isinstance(value, float) and value.is_integer():  # one null makes a column of whole numbers one of floats
+        return str(value), str(int(value))
+    return (str(value),)
 
 
 def _require_documents(train: Part, validation: Part | None) -> None:

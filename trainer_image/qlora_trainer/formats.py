@@ -48,6 +48,8 @@ class Columns:
 
     format: Format
     names: dict[str, str]
+    needed: tuple[str, ...] = ()
+    """Columns without which no row can be read."""
 
     @classmethod
     def detect(cls, spec: DatasetSpec, present: Sequence[str]) -> Columns:
@@ -61,17 +63,12 @@ class Columns:
                 if absent:
                     raise _missing(absent[0], f"format {format_} needs a column {absent[0]}", present)
             if spec.format in (format_, "auto") and all(part in found for part in parts):
-                return cls(format_, found)
+                return cls(format_, found, tuple(found[part] for part in parts))
         message = (
             f"dataset.format: can't tell the format from the columns {', '.join(present)}; "
             "name them in dataset.columns, or set dataset.format"
         )
         raise StepError(Reason.COLUMN_MISSING, message, field="dataset.format")
-
-    @property
-    def needed(self) -> list[str]:
-        """Columns without which no row can be read."""
-        return [self.names[part] for part in REQUIRED[self.format] if part in self.names]
 
     def text(self, row: Row, part: str) -> str:
         """The part of a row as text: empty where there is none, for which pandas writes NaN."""
@@ -123,9 +120,11 @@ class Encoder:
             text = columns.text(row, "text")
             return text if text.strip() else ""
         output = columns.text(row, "output")
-        if not output.strip():
+        asked = {part: columns.text(row, part) for part in ("instruction", "input")}
+        used = [text for part, text in asked.items() if part in self._template.parts]
+        if not output.strip() or (used and not any(text.strip() for text in used)):
             return ""
-        return self._template.render(columns.text(row, "instruction"), columns.text(row, "input"), output, row.where)
+        return self._template.render(asked["instruction"], asked["input"], output, row.where)
 
     def _prompt_completion(self, rows: Sequence[Row]) -> Iterable[Encoded | None]:
         prompts = [self.columns.text(row, "prompt") for row in rows]

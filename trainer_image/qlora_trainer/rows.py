@@ -93,7 +93,7 @@ def _list_inside(content: Any, name: str) -> str | None:
     """The key of the one list of rows in an object; None if the object is a row itself, such as a conversation."""
     if not isinstance(content, dict):
         return None
-    lists = [key for key, value in content.items() if isinstance(value, list)]
+    lists: list[str] = [key for key, value in content.items() if isinstance(value, list)]
     rows = [key for key in lists if content[key] and all(isinstance(item, dict) for item in content[key])]
     if len(rows) == 1:
         return None if _is_message(content[rows[0]][0]) else rows[0]

@@ -108,6 +108,7 @@ def test_a_prompt_is_the_input_of_such_a_template(tokenizer: Any) -> None:
         {"text": None},
         {"text": float("nan")},
         {"instruction": "x", "output": ""},
+        {"instruction": None, "input": " ", "output": "x"},
         {"prompt": "x", "completion": " "},
         {"messages": []},
         {"messages": [{"role": "user", "content": "nobody answers"}]},
