@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -72,10 +73,20 @@ class Memory:
 
 def report_files(report: Json) -> dict[str, bytes]:
     """The report as the files that go into storage: for programs, and for people."""
+    report = _finite(report)
     return {
-        REPORT: json.dumps(report, ensure_ascii=False, indent=1).encode(),
+        REPORT: json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False).encode(),
         REPORT_PAGE: render(report).encode(),
     }
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what isn't a number: JSON knows neither NaN nor infinity."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def render(report: Json) -> str:
@@ -136,9 +147,8 @@ def _figures(report: Json) -> list[Figure]:
 
 def _loss_chart(loss: Json) -> Chart | None:
     curve = loss["curve"]
-    series = [Series("training", [(entry["step"], entry["loss"]) for entry in curve])]
-    if loss["evaluations"]:
-        evaluations = [(entry["step"], entry["evalLoss"]) for entry in loss["evaluations"]]
+    series = [Series("training", _points(curve, "loss"))]
+    if evaluations := _points(loss["evaluations"], "evalLoss"):
         series.append(Series("validation", evaluations, "second", marked=True))
     steps = [x for s in series for x, _ in s.points]
     if loss["evalBase"] is not None and steps:
