@@ -120,11 +120,10 @@ class Encoder:
             text = columns.text(row, "text")
             return text if text.strip() else ""
         output = columns.text(row, "output")
-        asked = {part: columns.text(row, part) for part in ("instruction", "input")}
-        used = [text for part, text in asked.items() if part in self._template.parts]
-        if not output.strip() or (used and not any(text.strip() for text in used)):
-            return ""
-        return self._template.render(asked["instruction"], asked["input"], output, row.where)
+        instruction, input_text = columns.text(row, "instruction"), columns.text(row, "input")
+        # A template with an instruction of its own asks something even where the input is empty.
+        asks = bool((instruction + input_text).strip()) or "instruction" not in self._template.parts
+        return self._template.render(instruction, input_text, output, row.where) if asks and output.strip() else ""
 
     def _prompt_completion(self, rows: Sequence[Row]) -> Iterable[Encoded | None]:
         prompts = [self.columns.text(row, "prompt") for row in rows]

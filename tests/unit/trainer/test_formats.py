@@ -118,6 +118,13 @@ def test_a_row_with_nothing_to_learn_is_dropped(tokenizer: Any, record: dict[str
     assert _encode(tokenizer, record) is None
 
 
+def test_a_template_with_its_own_instruction_asks_without_an_input(tokenizer: Any) -> None:
+    spec = DatasetSpec.model_validate({"uri": "s3://bucket/rows.jsonl", "template": "Say: {{ input }}>{{ output }}"})
+    encoder = Encoder(tokenizer, spec, Columns.detect(spec, ["input", "output"]))
+    (document,) = encoder.encode([Row({"input": "", "output": "x"}, "line 1")])
+    assert document is not None
+
+
 def test_a_row_that_the_template_cannot_take_is_named(tokenizer: Any) -> None:
     template = "{{ input.split('|')[1] }}: {{ output }}"
     spec = DatasetSpec.model_validate({"uri": "s3://bucket/rows.jsonl", "template": template})
