@@ -41,7 +41,7 @@ measure() {
     recipes) part "$1" "$limit" python -m bench.recipes --missing --out "$results" ;;
     # What --rounds asks for and there is no time for is gone on with by the same command, another day.
     speed) part "$1" "$limit" python -m bench.train --rounds 3 --steps 12 --warmup 4 --limit 120 --out "$results/speed" ;;
-    quality) part "$1" "$limit" python -m bench.quality --model "$model" --data .bench/data/languages.jsonl --out "$results" ;;
+    quality) part "$1" "$limit" python -m bench.quality --model "$model" --data .bench/data/languages.jsonl --out "$results" ${RANKS:+--ranks $RANKS} ;;
     curves-real) part "$1" "$limit" python -m bench.curves "$model" --name smollm2-135m --seeds 0 1 --out "$results/speed" ;;
     curves-random) part "$1" "$limit" python -m bench.curves tinyllama-1b --seeds 0 1 --out "$results/speed" ;;
     longest) part "$1" "$limit" python -m bench.train.worker ours 8b-131k --steps 1 --warmup 0 ;;

@@ -58,6 +58,7 @@ class Reason(StrEnum):
     CLOCK_SKEWED = "ClockSkewed"
     DISK_FULL = "DiskFull"
     OUT_OF_MEMORY = "OutOfMemory"
+    DIVERGED = "Diverged"
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     UNSCHEDULABLE = "Unschedulable"
     POD_CREATION_FAILED = "PodCreationFailed"

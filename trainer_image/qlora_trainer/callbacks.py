@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from qlora_trainer.hardware import Hardware, peak_memory
 from qlora_trainer.journal import Journal
 from qlora_trainer.metrics import Telemetry
+from qlora_trainer.model import require_numbers
 from qlora_trainer.paging import restore_pages
 from qlora_trainer.signals import StopSignal
 from qlora_trainer.uploads import CheckpointUploads
@@ -103,6 +104,14 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             {"step": state.global_step, "time": time.time(), "evalLoss": metrics["eval_loss"]}
         )
         logger.info("validated at step %d", state.global_step, extra={"eval_loss": metrics["eval_loss"]})
+
+
+class DivergenceCallback(TrainerCallback):  # type: ignore[misc]
+    """Ends a run whose adapter is spoilt at the next checkpoint, before that is kept."""
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Look at the weights."""
+        require_numbers(model, state.global_step)
 
 
 class CheckpointCallback(TrainerCallback):  # type: ignore[misc]

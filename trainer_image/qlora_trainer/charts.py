@@ -155,7 +155,7 @@ def _is_number(point: Point) -> bool:
 
 def _widened(low: float, high: float) -> tuple[float, float]:
     """An interval that isn't empty, nor so small that a fifth of it is zero."""
-    if high - low > SMALLEST:
+    if high - low > max(SMALLEST, max(abs(low), abs(high)) * 1e-9):  # else steps are lost in the rounding of its ends
         return low, high
     margin = abs(low) / 10 or 1.0
     return low - margin, high + margin

@@ -31,25 +31,49 @@ Span = tuple[int, int]
 
 def messages_of(row: Row, column: str) -> list[Message]:
     """Messages with role and content, from those or from ShareGPT's from and value. Raises StepError."""
-    try:
-        messages = [_message(turn) for turn in row.values.get(column) or []]
-    except (AttributeError, KeyError, TypeError):
-        problem = f"dataset: {row.where}: column {column} must be a list of messages with role and content"
-        raise StepError(Reason.DATASET_INVALID, problem, field=FIELD) from None
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message["content"], str):
-            kind = type(message["content"]).__name__
-            problem = f"dataset: {row.where}: the content of message {number} in column {column} is {kind}, not text"
-            raise StepError(Reason.DATASET_INVALID, problem, field=FIELD)
-    return messages
+    turns = row.values.get(column) or []
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        kind = "" if isinstance(turns, list) else f", not {type(turns).__name__}"
+        raise _refused_row(row, f"column {column} must be a list of messages with role and content{kind}")
+    return [_message(turn, f"message {number} in column {column}", row) for number, turn in enumerate(turns, start=1)]
 
 
-def _message(turn: Any) -> Message:
+def _message(turn: dict[str, Any], name: str, row: Row) -> Message:
     """What else a message holds, such as tool_calls, is for the chat template."""
     rest = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
-    role = turn.get("role") or turn["from"]
+    role = turn.get("role") or turn.get("from")
+    if role not in tuple(ROLES):  # compared, not looked up: it may be anything
+        raise _refused_row(row, f"the role of {name} is {_shown(role)}; it must be one of {', '.join(ROLES)}")
+    if not turn.keys() & {"content", "value", "tool_calls"}:
+        raise _refused_row(row, f"{name} has neither content nor value; it has {', '.join(turn)}")
     content = turn.get("content")
-    return rest | {"role": ROLES[role], "content": turn.get("value") or "" if content is None else content}
+    content = _text(turn.get("value") or "" if content is None else content)
+    if not isinstance(content, str):
+        raise _refused_row(row, f"the content of {name} is {type(content).__name__}, not text")
+    return rest | {"role": ROLES[role], "content": content}
+
+
+def _text(content: Any) -> Any:
+    """The parts of a message as one text, where all are text (`[{"type": "text", "text": ...}]`); else as it was."""
+    if not isinstance(content, list) or not all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    ):
+        return content
+    return "".join(part["text"] for part in content)
+
+
+def says_something(message: Message) -> bool:
+    """Whether there is anything to learn of what the assistant says here: words, thoughts, the call of a tool."""
+    said = message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
+    return message["role"] == "assistant" and bool(said)
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else str(value)[:40]
+
+
+def _refused_row(row: Row, problem: str) -> StepError:
+    return StepError(Reason.DATASET_INVALID, f"dataset: {row.where}: {problem}", field=FIELD)
 
 
 PROBE: list[Message] = [
@@ -133,11 +157,18 @@ class ChatRenderer:
     def _start(self, before: list[Message], text: str, where: str) -> int | None:
         """Where the assistant's turn starts, after its heading; None if `text` doesn't go on from the turns before."""
         if not before:
-            return 0
+            return text.index(self._heading) + len(self._heading) if self._heading in text else 0
         if not text.startswith(self._render(before, where)):
             return None
         asked = self._render(before, where, add_generation_prompt=True)
         return common_length(asked, text)
+
+    @cached_property
+    def _heading(self) -> str:
+        """What the template puts before the words of the assistant."""
+        asked, answered = self._render(PROBE[:1], where="a probe"), self._render(PROBE[:2], where="a probe")
+        upto = common_length(self._render(PROBE[:1], where="a probe", add_generation_prompt=True), answered)
+        return answered[len(asked) : upto]
 
     def _render(self, messages: list[Message], where: str, **options: Any) -> str:
         try:

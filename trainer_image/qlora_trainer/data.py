@@ -222,21 +222,46 @@ def _require_filter_columns(wanted: Mapping[str, str], columns: Sequence[str]) -
 
 
 def _passes(row: Row, wanted: Mapping[str, str]) -> bool:
-    return all(_plain(row.values.get(key)) == value for key, value in wanted.items())
+    return all(value in _spellings(row.values.get(key)) for key, value in wanted.items())
 
 
-def _plain(value: Any) -> str:
-    """A value as the manifest's filter writes it."""
-    if value is None:
-        return ""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _spellings(value: Any) -> tuple[str, ...]:
+    """How the manifest's filter may write a value."""
+    if value is None or value != value:  # NaN is how pandas writes null
+        return ("",)
+    if isinstance(value, bool):
+        return (str(value).lower(),)
+    if isinstance(value, float) and value.is_integer():  # one null makes a column of whole numbers one of floats
+        return str(value), str(int(value))
+    return (str(value),)
 
 
 def _require_documents(train: Part, validation: Part | None) -> None:
     if not len(train.documents):
-        dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(train.dropped.items()))
-        message = f"dataset: no row is left to train on (dropped: {dropped}); look at dataset.filter and the columns"
-        raise StepError(Reason.DATASET_EMPTY, message, field="dataset.filter")
+        message = f"dataset: no row is left to train on ({_dropped(train)})"
+        raise _nothing_left(message, train, default="dataset.filter")
     if validation is not None and not len(validation.documents):
+        if validation.rows:
+            message = f"dataset.validation: no row is left to validate on ({_dropped(validation)})"
+            raise _nothing_left(message, validation, default="dataset.validation")
         message = "dataset.validation: no row is left to validate on; hold out more, or drop dataset.validation"
         raise StepError(Reason.DATASET_EMPTY, message, field="dataset.validation")
+
+
+ADVICE: Mapping[DropReason, tuple[str, str]] = {
+    "filter": ("dataset.filter", "look at dataset.filter, whose values are compared as text"),
+    "empty": ("dataset.columns", "look at dataset.columns: what is to be learnt is empty everywhere"),
+    "cut": ("training.maxSequenceLength", "raise training.maxSequenceLength: what is to be learnt comes after it"),
+    "duplicate": ("dataset.deduplicate", "look at dataset.validation: it holds the same rows"),
+}
+"""Field and words, by what dropped most rows."""
+
+
+def _nothing_left(message: str, part: Part, *, default: str) -> StepError:
+    worst = max(part.dropped, key=lambda reason: part.dropped[reason], default=None)
+    field, advice = ADVICE[worst] if worst else (default, f"look at {default}")
+    return StepError(Reason.DATASET_EMPTY, f"{message}; {advice}", field=field)
+
+
+def _dropped(part: Part) -> str:
+    return "dropped: " + ", ".join(f"{reason} {count}" for reason, count in sorted(part.dropped.items()))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_trainer.chat import ChatRenderer, common_length, messages_of, tokens_within
+from qlora_trainer.chat import ChatRenderer, common_length, messages_of, says_something, tokens_within
 from qlora_trainer.rows import Row
 from qlora_trainer.templates import PromptTemplate
 from qlorajob.errors import Reason, StepError
@@ -48,6 +48,8 @@ class Columns:
 
     format: Format
     names: dict[str, str]
+    needed: tuple[str, ...] = ()
+    """Columns without which no row can be read."""
 
     @classmethod
     def detect(cls, spec: DatasetSpec, present: Sequence[str]) -> Columns:
@@ -61,17 +63,12 @@ class Columns:
                 if absent:
                     raise _missing(absent[0], f"format {format_} needs a column {absent[0]}", present)
             if spec.format in (format_, "auto") and all(part in found for part in parts):
-                return cls(format_, found)
+                return cls(format_, found, tuple(found[part] for part in parts))
         message = (
             f"dataset.format: can't tell the format from the columns {', '.join(present)}; "
             "name them in dataset.columns, or set dataset.format"
         )
         raise StepError(Reason.COLUMN_MISSING, message, field="dataset.format")
-
-    @property
-    def needed(self) -> list[str]:
-        """Columns without which no row can be read."""
-        return [self.names[part] for part in REQUIRED[self.format] if part in self.names]
 
     def text(self, row: Row, part: str) -> str:
         """The part of a row as text: empty where there is none, for which pandas writes NaN."""
@@ -123,9 +120,10 @@ class Encoder:
             text = columns.text(row, "text")
             return text if text.strip() else ""
         output = columns.text(row, "output")
-        if not output.strip():
-            return ""
-        return self._template.render(columns.text(row, "instruction"), columns.text(row, "input"), output)
+        instruction, input_text = columns.text(row, "instruction"), columns.text(row, "input")
+        # A template with an instruction of its own asks something even where the input is empty.
+        asks = bool((instruction + input_text).strip()) or "instruction" not in self._template.parts
+        return self._template.render(instruction, input_text, output, row.where) if asks and output.strip() else ""
 
     def _prompt_completion(self, rows: Sequence[Row]) -> Iterable[Encoded | None]:
         prompts = [self.columns.text(row, "prompt") for row in rows]
@@ -141,7 +139,7 @@ class Encoder:
     def _conversations(self, rows: Sequence[Row], chat: ChatRenderer) -> Iterable[Encoded | None]:
         conversations = [messages_of(row, self.columns.names["messages"]) for row in rows]
         rendered = [
-            chat.conversation(messages, row.where) if messages else ("", [])
+            chat.conversation(messages, row.where) if any(map(says_something, messages)) else ("", [])
             for messages, row in zip(conversations, rows, strict=True)
         ]
         if not rendered:

@@ -51,17 +51,20 @@ def export(model: Path, folder: Path, name: str, quantization: str, *, trust_rem
     return path
 
 
-def answer(file: Path, text: str, max_new_tokens: int) -> str:
+def answer(file: Path, text: str, max_new_tokens: int, *, bos: str | None = None) -> str:
     """llama.cpp's greedy answer to a text that is put as it is. Raises StepError when the file doesn't work.
 
+    Where the text begins with the token `bos`, as many chat templates write it, llama.cpp adds none before it.
     The file is mapped: where it is larger than the memory, every token reads it anew.
     """
     # A token is a byte or more. The model's own limit may take more memory than its weights.
     longest = len(text.encode()) + max_new_tokens + 8
+    alone = ("--override-kv", "tokenizer.ggml.add_bos_token=bool:false") if bos and text.startswith(bos) else ()
     said = _run(
         [
             *(str(TOOLS / RUNTIME), "--model", str(file), "--prompt", text, "--no-escape"),
             *("--predict", str(max_new_tokens), "--ctx-size", str(longest), "--temp", "0"),
+            *alone,
             *("--threads", str(usable_cpus()), "--no-conversation", "--no-display-prompt", "--no-warmup"),
         ],
         tool=RUNTIME,

@@ -55,6 +55,10 @@ class JsonStream:
                 if not (self._may_be_cut_off(error) and self._read()):
                     lines = self._text.count("\n", self._at, error.pos)
                     raise BrokenJsonError(error.msg, line + lines) from None
+            except RecursionError:
+                raise BrokenJsonError("lists and objects are nested too deeply", line) from None
+            except ValueError as error:  # an integer of thousands of digits
+                raise BrokenJsonError(str(error), line) from None
             else:
                 self._advance(end)
                 return line, value

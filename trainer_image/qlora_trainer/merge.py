@@ -103,7 +103,7 @@ def _merge(context: Context, store: RunStore, manifest: ArtifactManifest, report
 
     if asks:
         _answer(context, report, folder, tokenizer)
-    exported = _write_gguf(context, report, folder, store, asks=asks)
+    exported = _write_gguf(context, report, folder, store, asks=asks, bos=tokenizer.bos_token)
     store.keep_only(exported, GGUF)
     pages = tuple(store.write_file(name, content) for name, content in report_files(report).items())
     manifest = _with_merged(manifest, files + exported + pages, store)
@@ -184,7 +184,7 @@ def _answer(context: Context, report: dict[str, Any], folder: Path, tokenizer: A
 
 
 def _write_gguf(
-    context: Context, report: dict[str, Any], merged: Path, store: RunStore, *, asks: bool
+    context: Context, report: dict[str, Any], merged: Path, store: RunStore, *, asks: bool, bos: str | None
 ) -> tuple[ManifestFile, ...]:
     """Export, try and upload the file for llama.cpp, where one is wanted."""
     from qlora_trainer.tokenizer import trusts_remote_code
@@ -198,7 +198,7 @@ def _write_gguf(
     if not asks:
         gguf_export.answer(path, "Hello", 1)  # else a file that llama.cpp can't run would be found out by its users
     for entry in report["prompts"] if asks else ():
-        entry["gguf"] = gguf_export.answer(path, entry["text"], context.spec.evaluation.max_new_tokens)
+        entry["gguf"] = gguf_export.answer(path, entry["text"], context.spec.evaluation.max_new_tokens, bos=bos)
     file = store.upload_file(path, f"{GGUF}/{path.name}")
     report["merge"]["gguf"] = {"quantization": wanted.quantization, "file": path.name, "bytes": file.bytes}
     logger.info("GGUF file is in storage", extra={"bytes": file.bytes})

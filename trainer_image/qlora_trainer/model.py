@@ -75,6 +75,17 @@ def add_adapter(model: Any, spec: LoraSpec) -> Any:
         raise targets_refused(error) from None
 
 
+def require_numbers(model: Any, step: int) -> None:
+    """Raise StepError when the training has spoilt the adapter: one weight that isn't a number spoils every answer."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            message = (
+                f"the training diverged: {name} isn't made of numbers any more by step {step}; "
+                "lower training.learningRate, or set training.maxGradNorm or warmupSteps"
+            )
+            raise StepError(Reason.DIVERGED, message, field="training.learningRate")
+
+
 def targets_refused(error: ValueError) -> StepError:
     """The error that says to the user that PEFT finds no such layers."""
     message = f"lora.targetModules: PEFT refuses: {str(error).splitlines()[0]}"

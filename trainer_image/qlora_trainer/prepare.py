@@ -50,6 +50,8 @@ def run(context: Context) -> None:
         clock.lap("gguf")
 
     data = load_data(settings, tokenizer)
+    for prompt in spec.evaluation.prompts:
+        data.encoder.prompt_ids(prompt)  # or the template would refuse it after the GPU is taken
     clock.lap("data")
 
     run_id = identity.run_id(spec, model_revision=source.revision, dataset_digest=data.digest)

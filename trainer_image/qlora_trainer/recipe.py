@@ -15,7 +15,7 @@ from typing import Any
 from qlora_trainer import evaluation, logs, training, unsloth_backend
 from qlora_trainer import model as models
 from qlora_trainer.artifacts import RunStore
-from qlora_trainer.callbacks import CheckpointCallback, ProgressCallback
+from qlora_trainer.callbacks import CheckpointCallback, DivergenceCallback, ProgressCallback
 from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
@@ -89,6 +89,8 @@ def train_adapter(
     memory = MemoryStatus(peak_bytes=journal.peak_bytes, predicted_bytes=plan.predicted_peak_bytes)
     outcome.memory = memory
     require_finished(trainer, context.settings.prepared.total_steps)
+    if not has_gate(spec):
+        models.require_numbers(trainer.model, trainer.state.global_step)
     clock.lap("train")
 
     if ready.data.validation and journal.last_evaluation != trainer.state.global_step:
@@ -188,7 +190,12 @@ def make_trainer(
         data=ready.data,
         total_steps=context.settings.prepared.total_steps,
         folder=scratch,
-        callbacks=[progress, CheckpointCallback(uploads, journal, context.stop)],
+        callbacks=[
+            progress,
+            # With a gate, an adapter that isn't made of numbers is one that isn't better than the base.
+            *([] if has_gate(context.spec) else [DivergenceCallback()]),
+            CheckpointCallback(uploads, journal, context.stop),
+        ],
     )
     return trainer
 
@@ -219,10 +226,14 @@ def require_finished(trainer: training.Trainer, total_steps: int) -> None:
         raise StepError(Reason.INTERRUPTED, message, code=ExitCode.INTERRUPTED)
 
 
+def has_gate(spec: QLoRAJobSpec) -> bool:
+    """Whether the adapter is published only if it is better than the base."""
+    return spec.evaluation.gate is not None and spec.evaluation.gate.must_beat_base
+
+
 def passes_gate(spec: QLoRAJobSpec, progress: Progress) -> bool | None:
     """Whether the adapter may be published; None without a gate."""
-    gate = spec.evaluation.gate
-    if gate is None or not gate.must_beat_base:
+    if not has_gate(spec):
         return None
     if progress.eval_loss is None or progress.base_eval_loss is None:
         return False

@@ -73,15 +73,16 @@ class Memory:
 
 def report_files(report: Json) -> dict[str, bytes]:
     """The report as the files that go into storage: for programs, and for people."""
+    report = _finite(report)
     return {
-        REPORT: json.dumps(_finite(report), ensure_ascii=False, indent=1, allow_nan=False).encode(),
+        REPORT: json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False).encode(),
         REPORT_PAGE: render(report).encode(),
     }
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for each number that JSON has no word for, as the loss of a run that diverged."""
-    if isinstance(value, dict):
+    """The value with null for what isn't a number: JSON knows neither NaN nor infinity."""
+    if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
@@ -147,8 +148,7 @@ def _figures(report: Json) -> list[Figure]:
 def _loss_chart(loss: Json) -> Chart | None:
     curve = loss["curve"]
     series = [Series("training", _points(curve, "loss"))]
-    if loss["evaluations"]:
-        evaluations = _points(loss["evaluations"], "evalLoss")
+    if evaluations := _points(loss["evaluations"], "evalLoss"):
         series.append(Series("validation", evaluations, "second", marked=True))
     steps = [x for s in series for x, _ in s.points]
     if loss["evalBase"] is not None and steps:

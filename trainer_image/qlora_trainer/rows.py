@@ -13,7 +13,8 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO, Any
@@ -44,7 +45,7 @@ def read_file(path: Path, name: str) -> Iterator[Row]:
     try:
         yield from reader(path, name)
     except UnicodeDecodeError:
-        raise _invalid(f"{name} isn't UTF-8 text") from None
+        raise _invalid(f"{name} line {_undecodable_line(path)} isn't UTF-8 text: save the file as UTF-8") from None
     except BrokenJsonError as error:
         raise _invalid(f"{name} line {error.line}: not valid JSON: {error}") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
@@ -63,9 +64,14 @@ def _read_json_lines(path: Path, name: str) -> Iterator[Row]:
 
 
 def _read_json(path: Path, name: str) -> Iterator[Row]:
-    """A list of objects, an object that holds one list (`{"data": [...]}`), or objects in a row: JSON Lines."""
+    """A list of objects, an object that holds one list (`{"data": [...]}`), or objects in a row: JSON Lines.
+
+    An object alone that holds no list of objects is a row; so is a conversation.
+    """
     with _open_text(path) as file:
         stream = JsonStream(file)
+        if not stream.peek():
+            return
         if stream.peek() == "[":
             for line, value in stream.items():
                 yield Row(_record(value, f"{name} line {line}"), f"{name} line {line}")
@@ -73,8 +79,9 @@ def _read_json(path: Path, name: str) -> Iterator[Row]:
                 raise _invalid(f"{name} line {stream.line}: something follows the list")
             return
         line, first = stream.value()
-        if not stream.peek():
-            yield from _list_inside(first, name)
+        if not stream.peek() and (key := _list_inside(first, name)):
+            for number, record in enumerate(first[key], start=1):
+                yield Row(_record(record, f"{name} record {number}"), f"{name} record {number}")
             return
         yield Row(_record(first, f"{name} line {line}"), f"{name} line {line}")
         while stream.peek():
@@ -82,12 +89,24 @@ def _read_json(path: Path, name: str) -> Iterator[Row]:
             yield Row(_record(value, f"{name} line {line}"), f"{name} line {line}")
 
 
-def _list_inside(content: Any, name: str) -> Iterator[Row]:
-    lists = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else []
-    if len(lists) != 1:
+def _list_inside(content: Any, name: str) -> str | None:
+    """The key of the one list of rows in an object; None if the object is a row itself, such as a conversation."""
+    if not isinstance(content, dict):
+        return None
+    lists: list[str] = [key for key, value in content.items() if isinstance(value, list)]
+    rows = [key for key in lists if content[key] and all(isinstance(item, dict) for item in content[key])]
+    if len(rows) == 1:
+        return None if _is_message(content[rows[0]][0]) else rows[0]
+    if rows or (lists and len(lists) == len(content)):
+        if len(lists) == 1:  # empty, or broken: its rows will tell
+            return lists[0]
         raise _invalid(f"{name} must hold a list of objects, alone or as the one list of an object")
-    for number, record in enumerate(lists[0], start=1):
-        yield Row(_record(record, f"{name} record {number}"), f"{name} record {number}")
+    return None
+
+
+def _is_message(item: Mapping[str, Any]) -> bool:
+    """Whether it is a turn of a conversation, and no row."""
+    return {"role", "content"} <= item.keys() or {"from", "value"} <= item.keys()
 
 
 def _read_csv(path: Path, name: str) -> Iterator[Row]:
@@ -96,6 +115,7 @@ def _read_csv(path: Path, name: str) -> Iterator[Row]:
         reader = csv.DictReader(file, strict=True)
         number = 0
         try:
+            _require_different(reader.fieldnames or (), name)
             for number, record in enumerate(reader, start=1):
                 where = f"{name} row {number} (line {reader.line_num})"
                 if None in record or None in record.values():
@@ -109,14 +129,36 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    number = 0
     try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(PARQUET_BATCH):
+        file = pyarrow.parquet.ParquetFile(path)
+        _require_different(file.schema_arrow.names, name)
+        for batch in file.iter_batches(PARQUET_BATCH):
             for record in batch.to_pylist():
                 number += 1
                 yield Row(record, f"{name} row {number}")
     except pyarrow.ArrowException as error:
-        raise _invalid(f"{name} isn't a Parquet file: {str(error).splitlines()[0]}") from None
+        if not number:
+            raise _invalid(f"{name} isn't a Parquet file: {str(error).splitlines()[0]}") from None
+        raise _invalid(_unreadable(name, number, error)) from None
+    except (OverflowError, ValueError) as error:  # a date that Python doesn't have, bytes that aren't text
+        raise _invalid(_unreadable(name, number, error)) from None
+    except OSError as error:
+        if error.errno is not None:  # the disk's, not Arrow's
+            raise
+        raise _invalid(_unreadable(name, number, error)) from None
+
+
+def _unreadable(name: str, read: int, error: Exception) -> str:
+    """Arrow decodes many rows at once and doesn't say which it was."""
+    return f"{name} can't be read after row {read}: {str(error).splitlines()[0]}; write the file anew"
+
+
+def _require_different(columns: Sequence[str], name: str) -> None:
+    """Of two columns with one name, only one would reach the row."""
+    for column, count in Counter(columns).items():
+        if count > 1:
+            raise _invalid(f"{name} has {count} columns called {column}: give each its own name")
 
 
 Reader = Callable[[Path, str], Iterator[Row]]
@@ -176,11 +218,24 @@ def _sniff(path: Path, name: str) -> Reader:
     raise _invalid(f"{name}: end the name with {DATA_FILES} to say what it holds")
 
 
+def _undecodable_line(path: Path) -> int:
+    """The first line that isn't UTF-8. No character holds a line break's byte, so that each line stands for itself."""
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
 def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except UnicodeDecodeError:
-        raise _invalid(f"{where} isn't UTF-8 text") from None
+        raise _invalid(f"{where} isn't UTF-8 text: save the file as UTF-8") from None
+    except RecursionError:
+        raise _invalid(f"{where}: lists and objects are nested too deeply") from None
     except ValueError as error:
         raise _invalid(f"{where}: not valid JSON: {error}") from None
 

@@ -16,6 +16,8 @@ from qlora_trainer.uris import hub_repo, is_hub, is_s3, local_path
 from qlorajob.errors import Reason, StepError
 from qlorajob.identity import digest
 
+ABOUT_DATA = frozenset({"config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"})
+"""Files of a dataset's repository, or of `save_to_disk`, that say something about the rows and hold none."""
 KNOWN_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "eval", "test")
 
 
@@ -71,12 +73,13 @@ def choose_files(root: Path, split: str, *, uri: str, field: str, split_field: s
         for path in sorted(root.rglob("*"))
         if path.is_file()
         and is_data_file(path.name)
+        and path.name not in ABOUT_DATA
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
     ]
     if not files:
         message = f"{field}: there is no {DATA_FILES} file at {uri}"
         raise StepError(Reason.DATASET_NOT_FOUND, message, field=field)
-    named = [path for path in files if split in _words(path.relative_to(root))]
+    named = [path for path in files if _names(split, path.relative_to(root))]
     if not named and split == "train":
         named = [path for path in files if not _words(path.relative_to(root)) & set(KNOWN_SPLITS)]
     if not named:
@@ -84,6 +87,13 @@ def choose_files(root: Path, split: str, *, uri: str, field: str, split_field: s
         message = f"{split_field}: no file at {uri} belongs to the split {split}; there are {names}"
         raise StepError(Reason.DATASET_NOT_FOUND, message, field=split_field)
     return named
+
+
+def _names(split: str, path: PurePath) -> bool:
+    """Whether the split's name stands in the path by itself: train in train-00000, not part_1 in part_10."""
+    first, last = ("0-9" if split[end].isdigit() else "" for end in (0, -1))
+    pattern = rf"(?<![a-z{first}]){re.escape(split.lower())}(?![a-z{last}])"
+    return re.search(pattern, path.as_posix().lower()) is not None
 
 
 def _words(path: PurePath) -> set[str]:

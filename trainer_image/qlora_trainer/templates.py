@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qlora_trainer.chat import common_length
 from qlorajob.errors import Reason, StepError
 
 FIELD = "dataset.template"
@@ -43,8 +44,10 @@ ALPACA_ZH = """\
 
 BUILT_IN = {"alpaca": ALPACA, "alpaca-zh": ALPACA_ZH}
 
-_ANSWER_HERE = "\x02answer\x03"
-"""Stands for the output when only the prompt is wanted: what the template puts before it is the prompt."""
+KNOWN = frozenset({"instruction", "input", "output"})
+_ANSWERS = ("0", "1")
+"""Two outputs that differ from their first character on, and that filters such as upper or tojson keep different: what
+the template makes of both before it differs is the prompt."""
 
 
 class PromptTemplate:
@@ -65,25 +68,41 @@ class PromptTemplate:
         except TemplateError as error:
             message = f"{FIELD}: not a Jinja template: {error} (line {getattr(error, 'lineno', '?')})"
             raise StepError(Reason.TEMPLATE_INVALID, message, field=FIELD) from None
-        if _ANSWER_HERE not in self.render("instruction", "input", _ANSWER_HERE):
-            message = (
-                f"{FIELD}: the template doesn't use output, so there would be nothing to learn; "
-                f"write alpaca, alpaca-zh or a Jinja template with {{{{ instruction }}}} and {{{{ output }}}}"
-            )
-            raise StepError(Reason.TEMPLATE_INVALID, message, field=FIELD)
+        unknown = ", ".join(sorted(self.parts - KNOWN - environment.globals.keys()))
+        for input_text in ("input", ""):
+            try:
+                answered = self._answered("instruction", input_text)
+            except StepError as error:
+                # Some templates take rows apart, and rows that are made up don't have the parts.
+                if not unknown and "output" in self.parts and "has no element" in error.message:
+                    continue
+                raise
+            if answered[0] == answered[1]:
+                where = "" if input_text else " where input is empty"
+                message = (
+                    f"{FIELD}: the template doesn't use output{where}, so there would be nothing to learn; "
+                    f"write alpaca, alpaca-zh or a Jinja template with {{{{ instruction }}}} and {{{{ output }}}}"
+                )
+                raise StepError(Reason.TEMPLATE_INVALID, message, field=FIELD)
 
-    def render(self, instruction: str, input_text: str, output: str) -> str:
-        """The whole text of a row."""
+    def render(self, instruction: str, input_text: str, output: str, where: str = "") -> str:
+        """The whole text of a row. `where` says to messages which one."""
         values: dict[str, Any] = {"instruction": instruction, "input": input_text, "output": output}
+        place = f" ({where})" if where else ""
         try:
             return self._template.render(values)
         except UndefinedError as error:
-            message = f"{FIELD}: {error}; a template knows instruction, input and output"
+            message = f"{FIELD}: {error}{place}; a template knows instruction, input and output"
         except Exception as error:  # a template can fail in any way Python can
-            message = f"{FIELD}: rendering fails: {type(error).__name__}: {error}"
+            message = f"{FIELD}: rendering fails: {type(error).__name__}: {error}{place}"
         raise StepError(Reason.TEMPLATE_INVALID, message, field=FIELD)
+
+    def _answered(self, instruction: str, input_text: str, where: str = "") -> tuple[str, str]:
+        one, other = (self.render(instruction, input_text, answer, where) for answer in _ANSWERS)
+        return one, other
 
     def prompt(self, question: str) -> str:
         """The text up to where the answer goes. The question is input where the template has its own instruction."""
         instruction, input_text = (question, "") if "instruction" in self.parts else ("", question)
-        return self.render(instruction, input_text, _ANSWER_HERE).partition(_ANSWER_HERE)[0]
+        one, other = self._answered(instruction, input_text, "a prompt of evaluation.prompts")
+        return one[: common_length(one, other)]

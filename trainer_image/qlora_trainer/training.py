@@ -237,7 +237,7 @@ def _arguments(
         # What is said and kept
         logging_steps=training.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=not hardware.on_gpu,  # it would wait for each micro batch's loss
+        logging_nan_inf_filter=False,  # a loss that isn't a number is told, and the GPU isn't waited for
         report_to="none",
         disable_tqdm=True,
         eval_strategy="steps" if evaluates else "no",

@@ -48,8 +48,8 @@ def test_one_bad_batch_is_not_a_distance_but_a_lasting_one_is() -> None:
     assert distance(base, lasting) == pytest.approx(0.1)
 
 
-def _quality(kind: str, seed: int, loss: float) -> dict[str, Any]:
-    setting = {"model": "m", "rank": 16, "steps": 2, "rows": 4, "length": 64, "learning_rate": 1e-3}
+def _quality(kind: str, seed: int, loss: float, rank: int = 16) -> dict[str, Any]:
+    setting = {"model": "m", "rank": rank, "steps": 2, "rows": 4, "length": 64, "learning_rate": 1e-3}
     return {
         "kind": kind, "seed": seed, "setting": setting, "validation": [(0, 3.0), (2, loss)], "rows": [10, 2],
         "validationTokens": 50, "device": "CPU",
@@ -61,6 +61,13 @@ def test_qlora_is_level_when_the_means_differ_by_one_per_cent_at_most(loss: floa
     results = [_quality(kind, seed, 2.0 if kind == "lora" else loss) for kind in ("lora", "qlora") for seed in (1, 2)]
     assert level(results)[0] == pytest.approx(loss / 2 - 1)
     assert f"within 1%: **{word}**" in page(results, "a command")
+
+
+def test_every_rank_has_a_verdict_of_its_own() -> None:
+    losses = {(16, "lora"): 2.0, (16, "qlora"): 2.03, (64, "lora"): 1.9, (64, "qlora"): 1.905}
+    results = [_quality(kind, seed, loss, rank) for (rank, kind), loss in losses.items() for seed in (1, 2)]
+    first, second = page(results, "a command").split("## Rank ")[1:]
+    assert ("**missed**" in first, "+1.50%" in first, "**met**" in second, "+0.26%" in second) == (True,) * 4
 
 
 def test_text_is_cut_into_rows_of_one_length_whose_first_token_is_not_learnt() -> None:

@@ -16,6 +16,7 @@ values = st.floats(-1e9, 1e9)
 
 @given(values, values)
 @example(0.0, 5e-324)
+@example(1e9, 999999999.9999999)
 def test_ticks_enclose_the_interval_and_there_are_a_handful(one: float, other: float) -> None:
     low, high = min(one, other), max(one, other)
     found = ticks(low, high)

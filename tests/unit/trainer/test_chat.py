@@ -121,6 +121,49 @@ def test_share_gpt_turns_are_understood(tokenizer: Any) -> None:
     assert tokenizer.decode(ids) == "<|user|>code?</s><|assistant|>zul</s>"
 
 
+@pytest.mark.parametrize("template", [None, LINES, MARKED])
+def test_a_conversation_that_the_assistant_opens_teaches_no_heading(tokenizer: Any, template: str | None) -> None:
+    opened = [{"role": "assistant", "content": "hello"}, *CONVERSATION[1:3]]
+    assert learnt(with_template(tokenizer, template or tokenizer.chat_template), opened) == "hello</s>zul</s>"
+
+
+@pytest.mark.parametrize("answer", [{"content": ""}, {"content": None}, {"content": " \n"}])
+def test_an_assistant_who_never_says_anything_teaches_nothing(tokenizer: Any, answer: dict[str, Any]) -> None:
+    encoder = Encoder(tokenizer, SPEC, Columns.detect(SPEC, ["messages"]))
+    silent = Row({"messages": [CONVERSATION[1], {"role": "assistant", **answer}]}, "line 1")
+    spoken = Row({"messages": CONVERSATION[1:3]}, "line 2")
+    assert [document is None for document in encoder.encode([silent, spoken])] == [True, False]
+
+
+def test_the_call_of_a_tool_is_an_answer_without_words(tokenizer: Any) -> None:
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "code", "arguments": {}}}]}
+    assert learnt(tokenizer, [CONVERSATION[1], call]) == "</s>"
+
+
+def test_parts_that_are_all_text_are_one_text(tokenizer: Any) -> None:
+    parts = [{"type": "text", "text": "code of "}, {"type": "text", "text": "zulu?"}]
+    ids, _ = encode(tokenizer, [{"role": "user", "content": parts}, CONVERSATION[2]])
+    assert tokenizer.decode(ids) == "<|user|>code of zulu?</s><|assistant|>zul</s>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        pytest.param("[]", "must be a list of messages with role and content, not str", id="JSON inside CSV"),
+        pytest.param([{"from": "bing", "value": "x"}], "role of message 1 in column messages is bing", id="role"),
+        pytest.param([{"content": "x"}], "role of message 1 in column messages is missing; .*user", id="no role"),
+        pytest.param(
+            [{"from": "gpt", "text": "x"}], "message 1 .* neither content nor value; it has from, text", id="key"
+        ),
+        pytest.param([{"role": "user", "content": [{"type": "image"}]}], "message 1 .* is list, not text", id="image"),
+    ],
+)
+def test_a_message_that_cannot_be_read_is_named(tokenizer: Any, messages: Any, words: str) -> None:
+    with pytest.raises(StepError, match=f"dataset: line 1: .*{words}") as refused:
+        encode(tokenizer, messages)
+    assert (refused.value.reason, refused.value.field) == (Reason.DATASET_INVALID, "dataset.columns.messages")
+
+
 def test_fields_that_arrow_left_empty_are_not_given_to_the_template(tokenizer: Any) -> None:
     shows_names = with_template(tokenizer, LINES.replace("{{ message.role }}", "{{ message.name or message.role }}"))
     messages = [{"role": "user", "content": "code?", "name": None}, {"role": "assistant", "content": "zul"}]

@@ -31,7 +31,9 @@ def test_the_filter_keeps_the_rows_with_the_value(job: Job, tokenizer: Any, writ
     assert (len(data.train.documents), data.dropped_rows) == (2, 1)
 
 
-@pytest.mark.parametrize(("value", "wanted"), [(True, "true"), (3, "3"), (None, "")])
+@pytest.mark.parametrize(
+    ("value", "wanted"), [(True, "true"), (3, "3"), (3.0, "3"), (3.0, "3.0"), (float("nan"), ""), (None, "")]
+)
 def test_the_filter_compares_as_text(job: Job, tokenizer: Any, write_rows: WriteRows, value: Any, wanted: str) -> None:
     path = write_rows({"text": "a", "label": value}, {"text": "b", "label": "other"})
     data = _load(job, tokenizer, uri=f"file://{path}", filter={"label": wanted}, validation=None)
@@ -48,6 +50,44 @@ def test_a_filter_that_keeps_nothing_is_refused(job: Job, tokenizer: Any) -> Non
     with pytest.raises(StepError, match="no row is left to train on") as refused:
         _load(job, tokenizer, filter={"input": "nowhere"}, validation=None)
     assert (refused.value.reason, refused.value.field) == (Reason.DATASET_EMPTY, "dataset.filter")
+
+
+@pytest.mark.parametrize(
+    ("record", "changes", "field", "words"),
+    [
+        ({"prompt": "zulu " * 100, "completion": "x"}, {}, "training.maxSequenceLength", "cut 2"),
+        ({"prompt": "zulu", "completion": ""}, {}, "dataset.columns", "empty 2"),
+        ({"prompt": "zulu", "completion": "x"}, {"filter": {"prompt": "ewe"}}, "dataset.filter", "filter 2"),
+        ({"prompt": "zulu", "completion": "x"}, {"deduplicate": True}, "dataset.deduplicate", "duplicate 2"),
+    ],
+)
+def test_where_no_row_is_left_the_field_that_dropped_them_is_named(
+    job: Job, tokenizer: Any, write_rows: WriteRows, record: Any, changes: Any, field: str, words: str
+) -> None:
+    path = write_rows(record, record)
+    validation = {"uri": f"file://{path}", "fraction": None} if "deduplicate" in changes else None
+    with pytest.raises(StepError, match=rf"no row is left to train on \(dropped: {words}\)") as refused:
+        _load(job, tokenizer, uri=f"file://{path}", validation=validation, **changes)
+    assert (refused.value.reason, refused.value.field) == (Reason.DATASET_EMPTY, field)
+
+
+def test_where_no_validation_row_is_left_it_says_why(job: Job, tokenizer: Any, write_rows: WriteRows) -> None:
+    path = write_rows({"instruction": "x", "output": ""}, name="held-out.jsonl")
+    with pytest.raises(StepError, match=r"no row is left to validate on \(dropped: empty 1\)"):
+        _load(job, tokenizer, validation={"uri": f"file://{path}", "fraction": None})
+
+
+def test_validation_data_need_the_input_of_a_template_without_an_instruction(
+    job: Job, tokenizer: Any, write_rows: WriteRows
+) -> None:
+    path = write_rows({"output": "y"}, name="held-out.jsonl")
+    with pytest.raises(StepError, match="the validation data need a column input"):
+        _load(
+            job,
+            tokenizer,
+            template="{{ input }}>{{ output }}",
+            validation={"uri": f"file://{path}", "fraction": None},
+        )
 
 
 def test_a_dataset_without_rows_is_refused(job: Job, tokenizer: Any, write_rows: WriteRows) -> None:

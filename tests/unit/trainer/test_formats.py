@@ -108,6 +108,7 @@ def test_a_prompt_is_the_input_of_such_a_template(tokenizer: Any) -> None:
         {"text": None},
         {"text": float("nan")},
         {"instruction": "x", "output": ""},
+        {"instruction": None, "input": " ", "output": "x"},
         {"prompt": "x", "completion": " "},
         {"messages": []},
         {"messages": [{"role": "user", "content": "nobody answers"}]},
@@ -117,11 +118,31 @@ def test_a_row_with_nothing_to_learn_is_dropped(tokenizer: Any, record: dict[str
     assert _encode(tokenizer, record) is None
 
 
+def test_a_template_with_its_own_instruction_asks_without_an_input(tokenizer: Any) -> None:
+    spec = DatasetSpec.model_validate({"uri": "s3://bucket/rows.jsonl", "template": "Say: {{ input }}>{{ output }}"})
+    encoder = Encoder(tokenizer, spec, Columns.detect(spec, ["input", "output"]))
+    (document,) = encoder.encode([Row({"input": "", "output": "x"}, "line 1")])
+    assert document is not None
+
+
+def test_a_row_that_the_template_cannot_take_is_named(tokenizer: Any) -> None:
+    template = "{{ input.split('|')[1] }}: {{ output }}"
+    spec = DatasetSpec.model_validate({"uri": "s3://bucket/rows.jsonl", "template": template})
+    encoder = Encoder(tokenizer, spec, Columns.detect(spec, ["input", "output"]))
+    rows = [Row({"input": "a|b", "output": "x"}, "line 1"), Row({"input": "a", "output": "y"}, "line 2")]
+    with pytest.raises(StepError, match=r"dataset.template: list object has no element 1 \(line 2\)") as refused:
+        list(encoder.encode(rows))
+    assert (refused.value.reason, refused.value.field) == (Reason.TEMPLATE_INVALID, "dataset.template")
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [
         ({"text": ["x"]}, "line 1: column text holds list, not text"),
-        ({"messages": [{"role": "narrator", "content": "x"}]}, "line 1: column messages must be a list of messages"),
+        (
+            {"messages": [{"role": "narrator", "content": "x"}]},
+            "line 1: the role of message 1 in column messages is narrator",
+        ),
         ({"messages": "hello"}, "line 1: column messages must be a list of messages"),
         ({"text": "\ud83d"}, r"line 1: column text holds \\ud83d, half of a character"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFValueType
+from gguf import GGUFReader, GGUFValueType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weights
@@ -130,6 +131,20 @@ def test_an_answer_is_what_transformers_generates(wanted: tuple[Any, Any], files
         asked = tokenizer(text, return_tensors="pt")["input_ids"]
         said = loaded.generate(asked, max_new_tokens=4, do_sample=False)[0, asked.shape[1] :]
         assert gguf_export.answer(files["f16"], text, 4) == tokenizer.decode(said), text
+
+
+def test_a_chat_that_begins_with_the_first_token_gets_no_second_one(
+    wanted: tuple[Any, Any], files: dict[str, Path], tmp_path: Path
+) -> None:
+    file = Path(shutil.copyfile(files["f16"], tmp_path / "adds.gguf"))
+    adds = GGUFReader(file, "r+").fields["tokenizer.ggml.add_bos_token"]  # true in Llama 3's and Gemma's files
+    adds.parts[adds.data[0]][0] = True
+    loaded, tokenizer = wanted
+    text = f"{tokenizer.bos_token}user\nHow many are there?"
+    asked = tokenizer(text, return_tensors="pt")["input_ids"]
+    said = tokenizer.decode(loaded.generate(asked, max_new_tokens=4, do_sample=False)[0, asked.shape[1] :])
+    assert gguf_export.answer(file, text, 4, bos=tokenizer.bos_token) == said
+    assert gguf_export.answer(file, text, 4) != said  # or this would show nothing
 
 
 def test_a_file_that_llama_cpp_can_t_run_is_an_error(tmp_path: Path) -> None:

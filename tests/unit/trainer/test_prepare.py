@@ -187,3 +187,14 @@ def test_a_family_whose_packed_rows_would_see_each_other_is_refused(job: Job, ch
 
 def test_the_default_layers_of_a_known_family_are_accepted(job: Job) -> None:
     assert job.change(lora={"targetModules": "default"}).prepare().total_steps == 4
+
+
+def test_a_prompt_that_the_template_cannot_take_is_refused_before_a_gpu_is_asked_for(
+    job: Job, write_rows: Callable[..., Path]
+) -> None:
+    rows = write_rows({"instruction": "a|b", "output": "x"}, {"instruction": "c|d", "output": "y"})
+    template = "{{ instruction.split('|')[1] }}: {{ output }}"
+    job.change(dataset={"uri": f"file://{rows}", "template": template, "validation": None})
+    refusal = _refusal(job.change(evaluation={"prompts": ["undivided"]}))
+    assert (refusal.reason, refusal.field) == (Reason.TEMPLATE_INVALID, "dataset.template")
+    assert "a prompt of evaluation.prompts" in refusal.message

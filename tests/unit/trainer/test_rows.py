@@ -112,6 +112,52 @@ def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
     assert [row.values for row in read_file(path, path.name)] == RECORDS
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param("", [], id="an empty shard"),
+        pytest.param('{"data": []}', [], id="an empty list"),
+        pytest.param('{"text": "x"}', [{"text": "x"}], id="a line"),
+        pytest.param('{"text": "x", "tags": []}', [{"text": "x", "tags": []}], id="a line with a list"),
+        pytest.param('{"data": [{"from": "me"}]}', [{"from": "me"}], id="a list of one"),
+        pytest.param(
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            [{"messages": [{"role": "user", "content": "x"}]}],
+            id="a conversation",
+        ),
+    ],
+)
+def test_a_json_file_may_hold_one_row_or_none(tmp_path: Path, content: str, expected: list[dict[str, str]]) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    assert [row.values for row in read_file(tmp_path / "rows.json", "rows.json")] == expected
+
+
+def test_a_parquet_file_that_is_damaged_inside_is_named_with_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [str(number) * 100 for number in range(4000)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=1000, compression="snappy")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 64] = b"\xff" * 64
+    path.write_bytes(content)
+    with pytest.raises(StepError, match=r"a.parquet can't be read after row \d000: ") as refused:
+        list(read_file(path, "a.parquet"))
+    assert refused.value.reason is Reason.DATASET_INVALID
+
+
+def test_a_date_that_python_does_not_know_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"at": pyarrow.array([2**30], pyarrow.date32())}), path)
+    with pytest.raises(StepError, match=r"a.parquet can't be read after row 0: "):
+        list(read_file(path, "a.parquet"))
+
+
+def test_of_two_parquet_columns_with_one_name_none_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table([["x"], ["y"]], names=["text", "text"]), path)
+    with pytest.raises(StepError, match=r"a.parquet has 2 columns called text"):
+        list(read_file(path, "a.parquet"))
+
+
 def test_a_key_without_an_ending_is_recognised_as_json(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_text("\n".join(json.dumps(record) for record in RECORDS))
@@ -136,7 +182,12 @@ def test_a_key_without_an_ending_is_recognised_as_json(tmp_path: Path) -> None:
         pytest.param("a.csv", b"a,b\n1,2\n3\n", r"a.csv row 2 \(line 3\): not as many fields as .* \(2\)", id="few"),
         pytest.param("a.csv", b"a,b\n1,2,3\n", r"a.csv row 1 \(line 2\): not as many fields", id="too many fields"),
         pytest.param("a.csv", b'a,b\n1,"2', r"a.csv row 1: unexpected end of data", id="open quote"),
-        pytest.param("a.csv", b"a\n\xff\xfe\n", r"a.csv isn't UTF-8 text", id="not UTF-8"),
+        pytest.param("a.csv", b"a\nb\n\xff\xfe\n", r"a.csv line 3 isn't UTF-8 text", id="not UTF-8"),
+        pytest.param("a.json", b'[{},\n{"a": "\xff"}]', r"a.json line 2 isn't UTF-8 text", id="JSON list not UTF-8"),
+        pytest.param("a.csv", b"a,b,a\n1,2,3\n", r"a.csv has 2 columns called a: give each", id="a name twice"),
+        pytest.param("a.jsonl", b"{}\n" + b"[" * 99999, r"a.jsonl line 2: .* nested too deeply", id="deep"),
+        pytest.param("a.json", b"[{},\n" + b"[" * 99999, r"a.json line 2: .* nested too deeply", id="deep list"),
+        pytest.param("a.json", b"[" + b"9" * 5000 + b"]", r"a.json line 1: .*Exceeds the limit", id="huge number"),
         pytest.param("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a.jsonl line 2 isn't UTF-8 text", id="JSON not UTF-8"),
         pytest.param("a.parquet", b"PAR1nonsense", r"a.parquet isn't a Parquet file", id="not Parquet"),
         pytest.param("a.xls", b"\xd0\xcf", r"a.xls: end the name with", id="unknown ending"),

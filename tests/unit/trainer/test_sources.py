@@ -39,6 +39,29 @@ def test_train_is_everything_when_no_file_names_a_split(tmp_path: Path) -> None:
     assert _choose(tmp_path, "train") == ["a.jsonl", "b.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train_sft", ["data/train_sft-00000-of-00001.jsonl"]),
+        ("part_1", ["part_1.jsonl"]),
+        ("Test", ["data/Test.jsonl"]),
+        ("2024", ["2024/rows.jsonl"]),
+    ],
+)
+def test_a_split_may_be_called_as_its_owner_likes(tmp_path: Path, split: str, expected: list[str]) -> None:
+    names = ("data/train_sft-00000-of-00001.jsonl", "data/train_gen-00000-of-00001.jsonl", "data/Test.jsonl")
+    for name in (*names, "part_1.jsonl", "part_10.jsonl", "2024/rows.jsonl", "20240/rows.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    assert _choose(tmp_path, split) == expected
+
+
+def test_files_about_a_dataset_are_no_rows(tmp_path: Path) -> None:
+    for name in ("README.md", ".gitattributes", "dataset_infos.json", "dataset_dict.json", "rows.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    assert _choose(tmp_path, "train") == ["rows.jsonl"]
+
+
 def test_a_split_that_is_not_there_is_named_with_what_is(shards: Path) -> None:
     with pytest.raises(
         StepError, match=r"dataset.split: no file .* belongs to the split dev; there are test/"

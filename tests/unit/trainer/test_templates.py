@@ -40,6 +40,22 @@ def test_a_prompt_is_the_text_before_the_answer() -> None:
     assert template.prompt("Why?") == "Q: Why?\nA: "
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ instruction }}\n{{ output | upper }}", "Why?\n"),
+        ('{"q": {{ instruction | tojson }}, "a": {{ output | tojson }}}', '{"q": "Why?", "a": "'),
+        ("{{ instruction }}: {{ output.split() | join(' ') }}{{ output }}", "Why?: "),
+    ],
+)
+def test_a_template_may_change_the_output(source: str, expected: str) -> None:
+    assert PromptTemplate(source).prompt("Why?") == expected
+
+
+def test_a_template_may_take_rows_apart() -> None:
+    assert PromptTemplate("{{ input.split('|')[1] }}: {{ output }}").render("", "a|b", "x") == "b: x"
+
+
 def test_a_row_that_looks_like_a_template_stays_as_it_is() -> None:
     assert PromptTemplate("{{ instruction }}>{{ output }}").render("{{ 7*7 }}", "", "{% x %}") == "{{ 7*7 }}>{% x %}"
 
@@ -50,6 +66,10 @@ def test_a_row_that_looks_like_a_template_stays_as_it_is() -> None:
         pytest.param("{{ instruction", "not a Jinja template", id="syntax error"),
         pytest.param("{{ instruction }} {{ ouput }}", "'ouput' is undefined", id="unknown variable"),
         pytest.param("{{ instruction }}", "doesn't use output", id="nothing to learn"),
+        pytest.param(
+            "{% if input %}{{ input }}{{ output }}{% endif %}", "use output where input is empty", id="lost in a branch"
+        ),
+        pytest.param("{{ instruction }}{% if output == 'x' %}{{ nope[1] }}{% endif %}", "doesn't use output", id="if"),
         pytest.param("alpca", "doesn't use output", id="misspelt name"),
         pytest.param("{{ output.__class__.__mro__ }}", "SecurityError", id="escape from the sandbox"),
         pytest.param("{{ output / 0 }}", "rendering fails", id="error in an expression"),
