@@ -19,7 +19,11 @@ DEFAULT_EPOCHS: Final = 3.0
 
 
 def run_id(spec: QLoRAJobSpec, *, model_revision: str, dataset_digest: str) -> str:
-    """16 hex digits that name a run: same inputs, same id; any field that changes the adapter changes it."""
+    """16 hex digits that name a run: same inputs, same id; any field that changes the adapter changes it.
+
+    Finished runs are found by it in S3, so it outlives releases: leave a field that is added later out of the digest
+    where it has its default, or an upgrade trains everything again.
+    """
     return digest(_result_fields(spec) | {"modelRevision": model_revision, "datasetDigest": dataset_digest})[:16]
 
 
