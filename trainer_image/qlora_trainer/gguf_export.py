@@ -33,18 +33,20 @@ QUANTIZED: Final = {"q4_k_m": "Q4_K_M"}
 _STOPPED_BY = (signal.SIGKILL, signal.SIGTERM)
 
 
-def export(model: Path, folder: Path, name: str, quantization: str, *, trust_remote_code: bool) -> Path:
-    """Write a model folder as one GGUF file into `folder`, and return its path.
+def export(model: Path, folder: Path, name: str, quantization: str, *, base: str, trust_remote_code: bool) -> Path:
+    """Write a model folder as one GGUF file called after `name` into `folder`, and return its path.
 
+    In the file the model is called `base`, as the one that it was made from: llama.cpp reads some tokenizers by that
+    name. Where it found phi3 in the name of a folder, it looked for tokens that only Phi-3 has, and refused the file.
     Takes the disk of the 16-bit file beside the result's, and the memory of a few tensors. Raises StepError.
     """
     path = folder / f"{_safe(name)}-{quantization}.gguf"
     with _readable(model, folder, code=trust_remote_code) as readable:
         if quantization in CONVERTED:
-            _convert(readable, path, CONVERTED[quantization])
+            _convert(readable, path, CONVERTED[quantization], "--model-name", base)
             return path
         exact = folder / "converted.gguf"
-        _convert(readable, exact, "auto")
+        _convert(readable, exact, "auto", "--model-name", base)
     command = [str(TOOLS / QUANTIZER), str(exact), str(path), QUANTIZED[quantization], str(usable_cpus())]
     _run(command, tool=QUANTIZER)
     exact.unlink()

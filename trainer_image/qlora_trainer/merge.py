@@ -17,6 +17,7 @@ from qlora_trainer.artifacts import RunStore
 from qlora_trainer.context import Context
 from qlora_trainer.libraries import import_bitsandbytes, importing_much
 from qlora_trainer.settings import usable_memory
+from qlora_trainer.uris import short_name
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.manifest import ADAPTER, GGUF, MERGED, REPORT, REPORT_PAGE, ArtifactManifest, ManifestFile
 from qlorajob.spec import MergeSpec
@@ -192,9 +193,9 @@ def _write_gguf(
     settings, wanted = context.settings, context.spec.merge.gguf
     if wanted is None:
         return ()
-    name = settings.config.name
+    name, base = settings.config.name, short_name(context.spec.model.uri)
     folder, code = _clean(settings.folder(GGUF)), trusts_remote_code(settings)
-    path = gguf_export.export(merged, folder, name, wanted.quantization, trust_remote_code=code)
+    path = gguf_export.export(merged, folder, name, wanted.quantization, base=base, trust_remote_code=code)
     if not asks:
         gguf_export.answer(path, "Hello", 1)  # else a file that llama.cpp can't run would be found out by its users
     for entry in report["prompts"] if asks else ():

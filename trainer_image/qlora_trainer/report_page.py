@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from qlora_trainer.charts import Bar, Chart, Point, Series, bars, line_chart
+from qlora_trainer.uris import short_name
 from qlorajob.manifest import REPORT, REPORT_PAGE
 
 TEMPLATE = "report.html.j2"
@@ -93,8 +94,8 @@ def render(report: Json) -> str:
     """The page. Everything that came from outside is escaped."""
     return _template().render(
         report=report,
-        model=_last_part(report["provenance"]["modelUri"]),
-        dataset=_last_part(report["provenance"]["datasetUri"]),
+        model=short_name(report["provenance"]["modelUri"]),
+        dataset=short_name(report["provenance"]["datasetUri"]),
         figures=_figures(report),
         loss_chart=_loss_chart(report["loss"]),
         small_charts=_small_charts(report["loss"]["curve"]),
@@ -295,8 +296,3 @@ def _parameters(count: int) -> str:
 def _words(name: str) -> str:
     """The breakdown's camelCase as words."""
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
-
-
-def _last_part(uri: str) -> str:
-    """The end of a URI: what people call the thing."""
-    return uri.rstrip("/").rpartition("/")[2].partition("@")[0]

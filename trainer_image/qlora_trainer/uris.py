@@ -34,6 +34,12 @@ def hub_repo(uri: str) -> HubRepo:
     return HubRepo(repo, revision or None)
 
 
+def short_name(uri: str) -> str:
+    """The end of a URI, without a revision: what people call the thing."""
+    place = hub_repo(uri).repo if is_hub(uri) else uri
+    return place.rstrip("/").rpartition("/")[2]
+
+
 def local_path(uri: str, settings: Settings, *, missing: Reason, field: str) -> Path:
     """Where a pvc://, configmap:// or file:// URI is mounted. Raises StepError when there is nothing."""
     parts = urlsplit(uri)

@@ -52,7 +52,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Pa
     """The model in each quantization."""
     folder = tmp_path_factory.mktemp("gguf")
     made = {
-        kind: gguf_export.export(model, folder, "My job/1", kind, trust_remote_code=False)
+        kind: gguf_export.export(model, folder, "My job/1", kind, base="Small-1M", trust_remote_code=False)
         for kind in ("f16", "q8_0", "q4_k_m")
     }
     assert sorted(folder.iterdir()) == sorted(made.values())  # nothing is left over
@@ -123,6 +123,10 @@ def test_the_chat_template_travels_in_the_file(wanted: tuple[Any, Any], files: d
 
 def test_the_file_is_named_after_the_job(files: dict[str, Path]) -> None:
     assert files["q4_k_m"].name == "My-job-1-q4_k_m.gguf"
+
+
+def test_the_model_is_called_as_its_base_in_the_file_whatever_folder_it_came_from(files: dict[str, Path]) -> None:
+    assert {GGUFReader(file).fields["general.name"].contents() for file in files.values()} == {"Small-1M"}
 
 
 def test_an_answer_is_what_transformers_generates(wanted: tuple[Any, Any], files: dict[str, Path]) -> None:
