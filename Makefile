@@ -68,6 +68,7 @@ test-unit: setup browser llama-cpp ## Run the tests that need no cluster
 
 .PHONY: test-chaos
 test-chaos: cluster-up ## Break the local cluster and its S3 in every way that docs/reliability.md lists
+	$(PYTHON) -m pytest tests/handlers/test_lost_watch.py tests/unit/trainer/test_resume.py -m long
 	$(PYTHON) -m pytest tests/chaos -m ''
 
 .PHONY: fuzz

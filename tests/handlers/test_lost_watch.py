@@ -6,6 +6,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from cluster import controlplane, processes
 from qlorajob.identity import prepare_key
 from qlorajob.resource import parse
@@ -32,6 +34,7 @@ def prepare(stage: Stage) -> None:
     stage.finish(stage.pod("ghost", "prepare"), prepare_report(key, "ghost"))
 
 
+@pytest.mark.long
 def test_a_training_job_that_is_deleted_unnoticed_is_made_again(stage: Stage) -> None:
     stage.apply("ghost")
     prepare(stage)

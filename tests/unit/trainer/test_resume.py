@@ -297,6 +297,7 @@ def _resume(job: Job, prepared: Prepared) -> tuple[bytes | None, list[int]]:
     return run.read("adapter/adapter_model.safetensors"), report["training"]["resumedAt"]
 
 
+@pytest.mark.long
 def test_sigkill_in_the_middle_of_an_upload(s3_job: Job, faulty: FaultyS3, uninterrupted: bytes) -> None:
     prepared = s3_job.prepare()
     with faulty.holding(r"^PUT .*/step-4\..*/optimizer\.pt") as arrived:
@@ -308,6 +309,7 @@ def test_sigkill_in_the_middle_of_an_upload(s3_job: Job, faulty: FaultyS3, unint
     assert _resume(s3_job, prepared) == (uninterrupted, [2])
 
 
+@pytest.mark.long
 def test_sigterm_in_the_middle_of_an_upload(s3_job: Job, faulty: FaultyS3, uninterrupted: bytes) -> None:
     prepared = s3_job.prepare()
     with faulty.holding(r"^PUT .*/step-2\..*/optimizer\.pt") as arrived:
