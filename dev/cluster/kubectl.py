@@ -29,11 +29,17 @@ def wait_for_deployment(paths: Layout, namespace: str, name: str, seconds: int =
     try:
         kubectl(paths, "-n", namespace, "rollout", "status", f"deployment/{name}", f"--timeout={seconds}s")
     except ClusterError as error:
-        pods = kubectl(paths, "-n", namespace, "describe", "pods")
-        logs = kubectl(
-            paths, "-n", namespace, "logs", f"deployment/{name}", "--all-pods", "--tail=50", "--ignore-errors"
-        )
+        pods = _told(paths, namespace, "describe", "pods")
+        logs = _told(paths, namespace, "logs", f"deployment/{name}", "--all-pods", "--tail=50", "--ignore-errors")
         raise ClusterError(f"{error}\n{pods}\n{logs}") from None
+
+
+def _told(paths: Layout, namespace: str, *question: str) -> str:
+    """What kubectl says to it, be it an error: nothing that explains a failure may take its place."""
+    try:
+        return kubectl(paths, "-n", namespace, *question)
+    except ClusterError as error:
+        return str(error)
 
 
 def get(paths: Layout, *arguments: str) -> dict[str, Any]:

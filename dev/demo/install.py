@@ -48,7 +48,7 @@ def _helm(target: Target, *arguments: str) -> None:
         target.helm(*arguments)
     except ClusterError as error:
         scope = ("-n", target.operator_namespace)
-        logs = ("logs", f"deployment/{RELEASE}", "--tail=20", "--all-pods")
+        logs = ("logs", f"deployment/{RELEASE}", "--tail=20", "--all-pods", "--ignore-errors")
         raise ClusterError(f"{error}\n{target.kubectl(*scope, 'get', 'pods')}{target.kubectl(*scope, *logs)}") from None
 
 
