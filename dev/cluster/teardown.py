@@ -16,7 +16,7 @@ _CONTAINER_LOGS = Path("/var/log/containers")
 def down(paths: Layout) -> None:
     """Stop the machine's cluster, whichever clone it belongs to, and remove its state. Caches stay."""
     owner = machine.owner()
-    if owner is None and not cgroups.processes() and not _mounts_below(paths.state):
+    if owner is None and not cgroups.processes() and not _mounts_below(paths.state) + _mounts_below(paths.run):
         _remove(paths.state)
         say("No local cluster is running")
         return
