@@ -97,9 +97,9 @@ def _list_inside(content: Any, name: str) -> str | None:
     rows = [key for key in lists if content[key] and all(isinstance(item, dict) for item in content[key])]
     if len(rows) == 1:
         return None if _is_message(content[rows[0]][0]) else rows[0]
+    if len(lists) == len(content) == 1:  # an empty list, or one with something else in it: its rows will tell
+        return lists[0]
     if rows or (lists and len(lists) == len(content)):
-        if len(lists) == 1:  # empty, or broken: its rows will tell
-            return lists[0]
         raise _invalid(f"{name} must hold a list of objects, alone or as the one list of an object")
     return None
 
