@@ -16,7 +16,7 @@ export PYTHONPATH := dev
 export PYTHONUNBUFFERED := 1
 # Where it's set, each of the processes of a test run would compile the same modules again.
 unexport PYTHONDONTWRITEBYTECODE
-# Another cluster is touched only where it is named on the command line, never since a shell happens to point at it.
+# Another cluster is touched only where it is named on the command line, never because a shell happens to point at it.
 ifneq ($(origin KUBECONFIG),command line)
 unexport KUBECONFIG
 endif
