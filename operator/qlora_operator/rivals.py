@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from qlora_operator.decision import CreateJob, Decision
 from qlora_operator.observed import job_view
-from qlora_operator.store import Key, Raw, Store
+from qlora_operator.store import Key, Raw, Store, label_of
 from qlorajob import names
 
 Place = tuple[str, str | None]
@@ -51,7 +51,7 @@ def started_run(decision: Decision) -> str | None:
 
 def _run(job: Raw) -> str | None:
     """The run that a Job trains or merges."""
-    return (job["metadata"].get("labels") or {}).get(names.LABEL_RUN)
+    return label_of(job, names.LABEL_RUN)
 
 
 def _place(qlorajob: Raw | None) -> Place | None:

@@ -67,12 +67,12 @@ class Store:
 
     def with_jobs_labelled(self, label: str, value: str) -> list[Key]:
         """Those that may have a Job with this label: a quick look through all Jobs there are."""
-        indexed = {key for key in self._jobs for job in self._jobs[key] if _label(job, label) == value}
+        indexed = {key for key in self._jobs for job in self._jobs[key] if label_of(job, label) == value}
         written = {
             key
             for key, writes in self._writes.items()
             for job, _ in writes.created.values()
-            if _label(job, label) == value
+            if label_of(job, label) == value
         }
         return sorted(indexed | written)
 
@@ -149,7 +149,8 @@ def _is_newer(one: Raw, other: Raw) -> bool:
     return int(one_meta["resourceVersion"]) > int(other_meta["resourceVersion"])
 
 
-def _label(raw: Raw, label: str) -> str | None:
+def label_of(raw: Raw, label: str) -> str | None:
+    """The value of an object's label."""
     return (raw["metadata"].get("labels") or {}).get(label)
 
 
