@@ -111,6 +111,8 @@ def prepare_network() -> None:
 
 def remove_network() -> None:
     """Take away interfaces and rules: the bridge, kube-proxy's tables and ours."""
+    if not (shutil.which("nft") and shutil.which("ip")):
+        return  # `up` ended before these were installed, so it made nothing
     for family in ("ip", "ip6"):
         for table in ("kube-proxy", "qlora-operator"):
             # Declaring a table first makes its removal succeed whether it is there or not.

@@ -15,7 +15,7 @@ from cluster.shell import run
 
 _CLONE_NEWNET = 0x40000000
 
-pytestmark = pytest.mark.skipif(
+needs_network = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("nft") is None, reason="making interfaces needs root and nftables"
 )
 
@@ -52,6 +52,7 @@ def _interfaces() -> set[str]:
     return {link["ifname"] for link in json.loads(run(["ip", "-json", "link", "show"]))}
 
 
+@needs_network
 def test_what_a_killed_cluster_held_is_released_and_its_files_stay(
     remains: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,9 +65,21 @@ def test_what_a_killed_cluster_held_is_released_and_its_files_stay(
     assert machine.owner() is None
 
 
+@needs_network
 def test_a_cluster_that_runs_is_left_alone(remains: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "processes", lambda: {os.getpid()})
     teardown.release_killed()
     assert {"vethpod", layout.BRIDGE} <= _interfaces()
     assert (remains.state / "kubelet" / "volume").is_mount()
     assert machine.owner() == remains.repository
+
+
+def test_a_first_start_that_ended_before_its_tools_were_installed_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(cgroups, "processes", set)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    machine.claim(Layout(tmp_path / "clone"))
+    teardown.release_killed()
+    assert machine.owner() is None
