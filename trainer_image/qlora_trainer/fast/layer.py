@@ -106,13 +106,9 @@ class Layer:
     def finish(self, kept: Kept, batch: Batch) -> torch.Tensor:
         """The rest: the activation, the last product, the residual."""
         active, active_dropped = swiglu(kept.gate_up, *self._updates(kept), dropout=self._dropout(self.down, batch, 3))
-        out = torch.addmm(kept.middle, active, self.down.weight(batch.buffer).T)
-        if self.down.bias is not None:
-            out.add_(self.down.bias)
         if self.down.rank:
             kept.low_down = active_dropped @ self.down.a.T
-            out.addmm_(kept.low_down, self.down.b.T, alpha=self.down.scale)
-        return out
+        return _product(self.down, active, batch.buffer, kept.low_down).add_(kept.middle)
 
     def backward(
         self, grad: torch.Tensor, kept: Kept, batch: Batch, *, to_input: bool
@@ -154,11 +150,8 @@ class Layer:
 
     def _linear(self, group: Group, x: torch.Tensor, batch: Batch, site: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Product, bias and adapter; and the input times A."""
-        y = _product(group, x, batch.buffer)
         low = dropped(x, self._dropout(group, batch, site)) @ group.a.T
-        if group.rank:
-            y.addmm_(low, group.b.T, alpha=group.scale)
-        return y, low
+        return _product(group, x, batch.buffer, low), low
 
     def _backward_linear(
         self, group: Group, grad: torch.Tensor, low: torch.Tensor, x: torch.Tensor, batch: Batch, site: int,
@@ -192,9 +185,19 @@ class Layer:
         return heads[:, : self.heads], heads[:, self.heads : end], heads[:, end:]
 
 
-def _product(group: Group, x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+def _product(group: Group, x: torch.Tensor, buffer: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K] times the frozen weight, and the bias; with the adapter's update where `low`, x times A, is given.
+
+    The update is there first, so that the wide product adds to it in float32. A young adapter's update is smaller than
+    what 16 bit resolve of the frozen layer's output: added to that once it is rounded, most of it would be lost.
+    """
     weight = group.weight(buffer).T
-    return x @ weight if group.bias is None else torch.addmm(group.bias, x, weight)
+    if low is None or not group.rank:
+        return x @ weight if group.bias is None else torch.addmm(group.bias, x, weight)
+    y = torch.empty(len(x), group.outputs, dtype=x.dtype, device=x.device)
+    y.addmm_(low, group.b.T, beta=0, alpha=group.scale)
+    y.addmm_(x, weight)
+    return y if group.bias is None else y.add_(group.bias)
 
 
 def _adapter_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import bitsandbytes
@@ -27,6 +28,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "offloaded": {"checkpointing": "full", "offload_checkpoints": True},
 }
 LENGTH = 24
+SMALL_UPDATE = 5e-4
+"""Of each weight of B: what a few steps at a usual learning rate make of them."""
 
 
 def _plan(policy: str = "none") -> Plan:
@@ -48,6 +51,15 @@ def _model(family: str = "llama", dtype: torch.dtype = torch.float32, **lora: An
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def _in_float32(model: Any) -> Any:
+    """The same weights, in float32 where they aren't in 4 bit."""
+    found = copy.deepcopy(model).float()
+    for module in found.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = torch.float32
+    return found
 
 
 @pytest.fixture
@@ -93,6 +105,32 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(
         fast = _fast(decoder, ids, labels)
         torch.testing.assert_close(fast, plain, rtol=1e-5, atol=0)
         _assert_close(_gradients(model, fast), expected)
+
+
+@pytest.mark.parametrize("targets", [["v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]])
+@pytest.mark.parametrize("family", SHAPES)
+def test_an_update_smaller_than_16_bit_resolve_of_the_output_is_felt(family: str, targets: list[str]) -> None:
+    """As a first step's is. It must be added before the output is rounded, or it's rounded away as a whole."""
+    model = _model(family, torch.bfloat16, target_modules=targets)
+    inputs = torch.randn(4000, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    changes = [_change_by_adapter(each, inputs) for each in (_in_float32(model), model)]
+    exact, found = (change.flatten().double() for change in changes)
+    assert float(found @ exact / (exact @ exact)) == pytest.approx(1, abs=0.25)
+
+
+def _change_by_adapter(model: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """What the adapters, made small, add to the first layer's outputs."""
+    outputs = []
+    for size in (0, SMALL_UPDATE):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.constant_(parameter, size)
+        decoder = FastDecoder(model, _plan())
+        with torch.no_grad():
+            torch._foreach_copy_(decoder._copies, list[torch.Tensor](decoder.parameters))
+            batch = decoder._batch(torch.arange(len(inputs))[None], Layout(1))
+            outputs.append(decoder.layers[0](inputs.to(decoder._head.dtype), batch).float())
+    return outputs[1] - outputs[0]
 
 
 @pytest.mark.parametrize("policy", ["none", "full", "offloaded"])
