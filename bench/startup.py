@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3-8b", choices=sorted(SHAPES))
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--files", nargs="+", default=["memory", "disk"], choices=["memory", "disk"])
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/bench-startup"), help="local disk")  # noqa: S108
     parser.add_argument("--out", type=Path, default=Path("docs/results/speed"))
     options = parser.parse_args()
@@ -45,7 +47,7 @@ def main() -> None:
     imports = Imports.measure()
     print(imports.table(), flush=True)
     results = []
-    for files, compiled in (("memory", "no cache"), ("memory", "cache"), ("disk", "no cache"), ("disk", "cache")):
+    for files, compiled in product(options.files, ("no cache", "cache")):
         if compiled == "no cache":
             shutil.rmtree(options.scratch / "compiled", ignore_errors=True)
         if files == "disk":

@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import sys
+import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -72,12 +73,31 @@ class Hardware:
             logger.warning(reason)
 
 
+def wake_gpu(plan: Plan) -> threading.Thread:
+    """Start CUDA, which takes a second, beside whatever is done meanwhile. Whoever uses it next waits for the rest."""
+    thread = threading.Thread(target=_start_cuda, args=(plan,), name="wake-gpu", daemon=True)
+    thread.start()
+    return thread
+
+
+def _start_cuda(plan: Plan) -> None:
+    try:
+        if plan.gpus and _cuda_is_available():
+            torch.zeros(1, device="cuda")
+    except RuntimeError as error:  # which the trainer's first use of the GPU meets as well, and then tells
+        logger.info("the GPU doesn't start yet: %s", error)
+
+
+def _cuda_is_available() -> bool:
+    # Memory that grows in place instead of in blocks of a size: less of it lies idle. Read when CUDA starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return torch.cuda.is_available()
+
+
 def _device(plan: Plan, degradations: list[str]) -> Literal["cuda", "cpu"]:
     if plan.gpus == 0:
         return "cpu"
-    # Memory that grows in place instead of in blocks of a size: less of it lies idle. Read when CUDA starts.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if torch.cuda.is_available():
+    if _cuda_is_available():
         return "cuda"
     if os.environ.get(ENV_DEVICE) == "cpu":
         degradations.append(f"the plan's GPU ({plan.gpu_class}) isn't used: {ENV_DEVICE} says cpu")

@@ -16,6 +16,7 @@ from qlora_trainer.hardware import Hardware
 from qlora_trainer.packing import packing_refused
 from qlora_trainer.quirks import let_falcon_be_quantized
 from qlora_trainer.settings import Settings
+from qlora_trainer.staging import staged_loading
 from qlora_trainer.tokenizer import trusts_remote_code
 from qlorajob.errors import Reason, StepError
 from qlorajob.spec import LoraSpec, QuantizationSpec
@@ -29,13 +30,14 @@ def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
     Raises StepError where not one layer is in 4 bit.
     """
     let_falcon_be_quantized()
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        quantization_config=quantization_config(settings.spec.quantization, hardware),
-        dtype=hardware.compute_dtype,  # else some models come as float32
-        device_map={"": 0 if hardware.on_gpu else "cpu"},
-        trust_remote_code=trusts_remote_code(settings),
-    )
+    with staged_loading(on_gpu=hardware.on_gpu):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            quantization_config=quantization_config(settings.spec.quantization, hardware),
+            dtype=hardware.compute_dtype,  # else some models come as float32
+            device_map={"": 0 if hardware.on_gpu else "cpu"},
+            trust_remote_code=trusts_remote_code(settings),
+        )
     require_quantized_layers(model)
     _keep_cpu_weights_trainable(model)
     model.config.use_cache = False

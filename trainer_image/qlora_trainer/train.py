@@ -17,6 +17,7 @@ from qlora_trainer.publication import PublishedElsewhere
 from qlora_trainer.read_ahead import read_ahead
 from qlorajob.errors import Reason, StepError
 from qlorajob.manifest import ArtifactManifest
+from qlorajob.plan import Plan
 from qlorajob.status import Progress
 
 logger = logging.getLogger(__name__)
@@ -51,12 +52,21 @@ def _train(context: Context, store: RunStore) -> ArtifactManifest:
     read_ahead(weights_on_disk(settings))  # while Python imports
     if unsloth_backend.wanted(settings.spec):
         unsloth_backend.import_unsloth(plan)
+    else:
+        wake_gpu(plan)  # likewise
     train_adapter = import_recipe()
     clock.lap("imports")
     try:
         return train_adapter(context, plan, store, telemetry, clock)
     finally:
         context.outcome.progress = telemetry.progress
+
+
+def wake_gpu(plan: Plan) -> None:
+    """Let the plan's GPU start."""
+    with importing_much():
+        from qlora_trainer import hardware
+    hardware.wake_gpu(plan)
 
 
 def import_recipe() -> Callable[..., ArtifactManifest]:
