@@ -1,14 +1,17 @@
 """QLoRA against 16-bit LoRA on real weights: `python -m bench.quality [--seeds 1 2 3] [--ranks 16 64] [--steps N] …`.
 
 Every run's result is a file of its own, and a run whose file is there, under the same settings, isn't run again: what
-was cut off goes on. Runs on a GPU where there is one, else on the CPU.
+was cut off goes on. The page tells of all that was ever run. Runs on a GPU where there is one, else on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +25,7 @@ MODEL = weights.default_destination()
 
 
 def main() -> None:
-    """Run what isn't there yet; write the page when every seed has both kinds."""
+    """Run what isn't there yet; write the page of every setting that has both kinds for each of its seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument(
@@ -31,31 +34,27 @@ def main() -> None:
         default=str(MODEL),
         help="a folder (default: SmolLM2-135M-Instruct of dev/weights.py)",
     )
-    parser.add_argument("--data", type=_absolute, help="JSON Lines (default: made here, by bench.quality.data)")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[_default("rank")], help="each is run for every seed")
-    for name in ("steps", "rows", "length", "looks"):
+    parser.add_argument("--data", type=_absolute, help="instruction and output (default: bench.quality.data's)")
+    for name in ("steps", "rank"):
+        parser.add_argument(f"--{name}", nargs="+", type=int, default=[_default(name)], help="each with each")
+    for name in ("rows", "length", "looks"):
         parser.add_argument(f"--{name}", type=int, default=_default(name))
     parser.add_argument("--learning-rate", type=float, default=_default("learning_rate"))
+    parser.add_argument("--workers", type=int, default=1, help="runs at one time")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of quality.md and quality/")
     options = parser.parse_args()
     folder = options.out / "quality"
-    folder.mkdir(parents=True, exist_ok=True)
-    first, *_ = settings = [
+    settings = [
         Setting(
             model=options.model, data=options.data or str(data.write(cache_directory())),
-            steps=options.steps, rows=options.rows, length=options.length, rank=rank, looks=options.looks,
+            steps=steps, rows=options.rows, length=options.length, rank=rank, looks=options.looks,
             learning_rate=options.learning_rate,
         )
-        for rank in options.ranks
+        for steps, rank in product(options.steps, options.rank)
     ]  # fmt: skip
-    results = [
-        _result(kind, seed, setting, folder)
-        for setting in settings
-        for seed in options.seeds
-        for kind in get_args(Kind)
-    ]
-    command = _command(first, options.seeds, options.ranks)
-    (options.out / "quality.md").write_text(page(results, command), encoding="utf-8")
+    _run_missing(list(product(settings, options.seeds, get_args(Kind))), folder, options.workers)
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
+    (options.out / "quality.md").write_text(page(results), encoding="utf-8")
     picture(results, folder / "curves.svg")
 
 
@@ -68,28 +67,27 @@ def _default(name: str) -> Any:
     return next(field.default for field in fields(Setting) if field.name == name)
 
 
-def _result(kind: Kind, seed: int, setting: Setting, folder: Path) -> dict[str, Any]:
-    rank = "" if setting.rank == _default("rank") else f"-rank-{setting.rank}"
-    path = folder / f"{kind}-{seed}{rank}.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["setting"] == setting.common():
-            return found
-    result = run(kind, seed, setting)
-    path.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(kind, seed, "validation", result["validation"], f"{result['seconds']} s", flush=True)
-    return result
+def _run_missing(wanted: list[tuple[Setting, int, Kind]], folder: Path, workers: int) -> None:
+    """Each in a process of its own, so many at one time. Every result is kept as soon as it is there."""
+    missing = [each for each in wanted if not _is_there(*each, folder)]
+    if not missing:
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = {pool.submit(run, kind, seed, setting): (setting, seed, kind) for setting, seed, kind in missing}
+        for future in as_completed(futures):
+            path = _path(*futures[future], folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(future.result()) + "\n", encoding="utf-8")
+            print(path.parent.name, path.stem, future.result()["validation"][-1], flush=True)
 
 
-def _command(setting: Setting, seeds: list[int], ranks: list[int]) -> str:
-    changed = [
-        f" --{field.name.replace('_', '-')} {getattr(setting, field.name)}"
-        for field in fields(Setting)
-        if field.name not in ("model", "data", "rank") and getattr(setting, field.name) != field.default
-    ]
-    if ranks != [_default("rank")]:
-        changed.append(f" --ranks {' '.join(map(str, ranks))}")
-    return f"python -m bench.quality --seeds {' '.join(map(str, seeds))}{''.join(changed)}"
+def _is_there(setting: Setting, seed: int, kind: Kind, folder: Path) -> bool:
+    path = _path(setting, seed, kind, folder)
+    return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["setting"] == setting.common())
+
+
+def _path(setting: Setting, seed: int, kind: Kind, folder: Path) -> Path:
+    return folder / f"{Path(setting.data).stem}-rank-{setting.rank}-steps-{setting.steps}" / f"{kind}-{seed}.json"
 
 
 if __name__ == "__main__":

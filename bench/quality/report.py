@@ -1,16 +1,20 @@
-"""From the runs' results to the verdict, a page and a picture."""
+"""From the runs' results to the verdicts, a page and a picture."""
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
 ALLOWED = 0.01
 """Relative difference of the mean validation losses up to which QLoRA counts as level with LoRA."""
+DATA = {
+    "languages": "ISO 639-3 as an instruction set: the demo's question about every language",
+    "gsm8k": "GSM8K: questions of grade-school mathematics, with worked answers",
+}
 
 
 def final(result: Result) -> float:
@@ -18,10 +22,22 @@ def final(result: Result) -> float:
     return float(result["validation"][-1][1])
 
 
-def by_rank(results: Sequence[Result]) -> dict[int, list[Result]]:
-    """Results by the adapter's rank, the lowest first."""
-    ranks = sorted({result["setting"]["rank"] for result in results})
-    return {rank: [result for result in results if result["setting"]["rank"] == rank] for rank in ranks}
+def by_setting(results: Sequence[Result]) -> list[list[Result]]:
+    """Results that may be compared: of one data set, rank, number of steps … that has both kinds for every seed."""
+    found: dict[str, list[Result]] = {}
+    for result in sorted(results, key=_order):
+        found.setdefault(json.dumps(result["setting"], sort_keys=True), []).append(result)
+    return [group for group in found.values() if _is_whole(group)]
+
+
+def _order(result: Result) -> tuple[Any, ...]:
+    setting = result["setting"]
+    return setting["data"] != "languages.jsonl", setting["data"], setting["steps"], setting["rank"], result["seed"]
+
+
+def _is_whole(results: Sequence[Result]) -> bool:
+    seeds = {kind: [each["seed"] for each in found] for kind, found in by_kind(results).items()}
+    return bool(seeds["lora"]) and seeds["lora"] == seeds["qlora"]
 
 
 def by_kind(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -32,68 +48,86 @@ def by_kind(results: Sequence[Result]) -> dict[str, list[Result]]:
     return found
 
 
+def means(results: Sequence[Result]) -> dict[str, float]:
+    """Mean of the seeds' last validation losses, by kind."""
+    return {kind: statistics.mean(map(final, found)) for kind, found in by_kind(results).items()}
+
+
 def verdict(results: Sequence[Result]) -> tuple[float, float]:
     """QLoRA's mean validation loss relative to LoRA's, minus one; and the same for the bases, before any training."""
-    kinds = by_kind(results)
-    after = [statistics.mean(final(each) for each in kinds[kind]) for kind in ("qlora", "lora")]
-    before = [statistics.mean(each["validation"][0][1] for each in kinds[kind]) for kind in ("qlora", "lora")]
-    return after[0] / after[1] - 1, before[0] / before[1] - 1
+    after = means(results)
+    before = {
+        kind: statistics.mean(each["validation"][0][1] for each in found) for kind, found in by_kind(results).items()
+    }
+    return after["qlora"] / after["lora"] - 1, before["qlora"] / before["lora"] - 1
 
 
-def page(results: Sequence[Result], command: str) -> str:
-    """docs/results/quality.md. Every seed must have both kinds, at every rank."""
-    one = results[0]
-    setting, ranks = one["setting"], by_rank(results)
-    named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def page(results: Sequence[Result]) -> str:
+    """docs/results/quality.md: every setting in a line, then its seeds."""
+    groups = by_setting(results)
+    one = groups[0][0]
     lines = [
         "# QLoRA beside 16-bit LoRA",
         "",
-        f"{setting['model']}, real weights, on ISO 639-3 as an instruction set (the demo's question about every "
-        f"language: {one['rows'][0]:,} rows to train, {one['rows'][1]} held out, {one['validationTokens']:,} "
-        f"validation tokens); {named}, {setting['steps']} steps of {setting['rows']} × "
-        f"{setting['length']} tokens, learning rate {setting['learning_rate']:g}; on {one['device']}. For each seed "
-        "both kinds begin with the same "
-        "adapter and see the same rows in the same order, so a difference is the base's 4 bit.",
-    ]
-    for rank, found in ranks.items():
-        lines += ["", *([f"## Rank {rank}", ""] if len(ranks) > 1 else []), *_table(found)]
-    lines += [
+        f"{one['setting']['model']}, real weights, on {one['device']}. For each seed both kinds begin with the same "
+        "adapter and see the same rows in the same order, so a difference is the base's 4 bit (NF4). Validation loss "
+        f"on rows held out, mean of the seeds; the target is {ALLOWED:.0%}. This is every setting that was run.",
+        "",
+        "| data | steps | rank | 16-bit LoRA | QLoRA | difference | before training | target |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(_line, groups),
         "",
         "![validation loss](quality/curves.svg)",
+    ]
+    for group in groups:
+        lines += ["", *_section(group)]
+    lines += ["", "One JSON file for each run is in `quality/`; a run whose file is there isn't run again."]
+    return "\n".join(lines) + "\n"
+
+
+def _line(results: Sequence[Result]) -> str:
+    setting, loss, (difference, untrained) = results[0]["setting"], means(results), verdict(results)
+    level = "met" if abs(difference) <= ALLOWED else "missed"
+    return (
+        f"| {_name(setting)} | {setting['steps']} | {setting['rank']} | {loss['lora']:.4f} | {loss['qlora']:.4f} "
+        f"| **{difference:+.2%}** | {untrained:+.2%} | {level} |"
+    )
+
+
+def _name(setting: dict[str, Any]) -> str:
+    return Path(setting["data"]).stem
+
+
+def _section(results: Sequence[Result]) -> list[str]:
+    """What was run, by which command, and every seed's losses."""
+    one, kinds = results[0], by_kind(results)
+    setting, name = one["setting"], _name(one["setting"])
+    seeds = [str(result["seed"]) for result in kinds["lora"]]
+    command = (
+        f"python -m bench.quality --data {setting['data']} --steps {setting['steps']} --rank {setting['rank']} "
+        f"--rows {setting['rows']} --length {setting['length']} --looks {setting['looks']} "
+        f"--learning-rate {setting['learning_rate']:g} --seeds {' '.join(seeds)}"
+    )
+    lines = [
+        f"## {name}, {setting['steps']} steps, rank {setting['rank']}",
+        "",
+        f"{DATA.get(name, name)} ({one['rows'][0]:,} rows to train, {one['rows'][1]} held out, "
+        f"{one['validationTokens']:,} validation tokens); steps of {setting['rows']} × {setting['length']} tokens, "
+        f"learning rate {setting['learning_rate']:g}.",
         "",
         "```sh",
         command,
         "```",
         "",
-        "One JSON file for each run is in `quality/`; a run whose file is there isn't run again.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _table(results: Sequence[Result]) -> list[str]:
-    """Every seed's losses, their means, and whether these are level."""
-    kinds = by_kind(results)
-    difference, untrained = verdict(results)
-    level = "met" if abs(difference) <= ALLOWED else "missed"
-    lines = [
-        "| seed | 16-bit LoRA: validation loss | QLoRA (NF4): validation loss | difference |",
+        "| seed | 16-bit LoRA | QLoRA | difference |",
         "|---|---|---|---|",
     ]
     for lora, qlora in zip(kinds["lora"], kinds["qlora"], strict=True):
         lines.append(
             f"| {lora['seed']} | {final(lora):.4f} | {final(qlora):.4f} | {final(qlora) / final(lora) - 1:+.2%} |"
         )
-    means = [statistics.mean(map(final, kinds[kind])) for kind in ("lora", "qlora")]
-    return [
-        *lines,
-        f"| **mean** | **{means[0]:.4f}** | **{means[1]:.4f}** | **{difference:+.2%}** |",
-        f"| before training | {kinds['lora'][0]['validation'][0][1]:.4f} | {kinds['qlora'][0]['validation'][0][1]:.4f} "
-        f"| {untrained:+.2%} |",
-        "",
-        f"Target: the means within {ALLOWED:.0%}: **{level}**. "
-        f"Seeds differ among themselves by up to {_spread(kinds['lora']):.2%} (LoRA) and "
-        f"{_spread(kinds['qlora']):.2%} (QLoRA).",
-    ]
+    spread = {kind: f"{_spread(found):.2%}" for kind, found in kinds.items()}
+    return [*lines, "", f"Seeds differ among themselves by up to {spread['lora']} (LoRA), {spread['qlora']} (QLoRA)."]
 
 
 def _spread(results: Sequence[Result]) -> float:
@@ -102,22 +136,26 @@ def _spread(results: Sequence[Result]) -> float:
 
 
 def picture(results: Sequence[Result], path: Path) -> None:
-    """Validation loss over steps, a line for each run."""
+    """Validation loss over steps: a panel for each setting, a line for each run."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same results make the same file
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    ranks = by_rank(results)
-    for (rank, found), style in zip(ranks.items(), cycle(("-", "--", ":", "-.")), strict=False):
-        suffix = f", rank {rank}" if len(ranks) > 1 else ""
+    groups = by_setting(results)
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(groups) :]:
+        panel.remove()
+    for panel, group in zip(panels, groups, strict=False):
+        setting = group[0]["setting"]
         for kind, colour, name in (("lora", "tab:blue", "16-bit LoRA"), ("qlora", "tab:orange", "QLoRA (NF4)")):
-            for number, result in enumerate(by_kind(found)[kind]):
-                steps, losses = zip(*result["validation"], strict=True)
-                label = None if number else name + suffix
-                axes.plot(steps, losses, color=colour, linestyle=style, marker="o", markersize=3, label=label)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("validation loss (nats a token)")
-    axes.legend()
+            for number, result in enumerate(by_kind(group)[kind]):
+                steps, losses = zip(*result["validation"][1:], strict=True)  # the untrained base's would hide the rest
+                panel.plot(steps, losses, color=colour, marker="o", markersize=3, label=None if number else name)
+        panel.set_title(f"{_name(setting)}, rank {setting['rank']}", fontsize="medium")
+        panel.set_xlabel("optimizer step")
+    panels[0].set_ylabel("validation loss (nats a token)")
+    panels[0].legend()
     figure.savefig(path, format="svg", metadata={"Date": None})
