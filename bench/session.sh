@@ -13,6 +13,7 @@ mkdir -p "$out" "$results/speed" "$results/vram" "$logs"
 # What is there already is gone on with, not measured again.
 cp -n docs/results/recipes.json "$results/"
 cp -n docs/results/speed/results.json "$results/speed/"
+cp -n docs/results/speed/curves-*.json "$results/speed/" 2> /dev/null
 if [ -d docs/results/quality ]; then cp -rn docs/results/quality "$results/"; fi
 
 keep() {
@@ -33,15 +34,21 @@ part() {
   keep
 }
 
+# quality NAME SECONDS DATA ARGUMENTS...
+quality() {
+  part "$1" "$2" python -m bench.quality --model "$model" --data ".bench/data/$3.jsonl" --out "$results" --workers 8 "${@:4}"
+}
+
 # measure PART SECONDS (0: as many as it may take)
 measure() {
   local limit=$(($2 > 0 ? $2 : 600))
   case "$1" in
-    startup) part "$1" "$limit" python -m bench.startup --out "$results/speed" ;;
+    startup) part "$1" "$limit" python -m bench.startup ${FILES:+--files $FILES} --out "$results/speed" ;;
     recipes) part "$1" "$limit" python -m bench.recipes --missing --out "$results" ;;
     # What --rounds asks for and there is no time for is gone on with by the same command, another day.
     speed) part "$1" "$limit" python -m bench.train --rounds 3 --steps 12 --warmup 4 --limit 120 --out "$results/speed" ;;
-    quality) part "$1" "$limit" python -m bench.quality --model "$model" --data .bench/data/languages.jsonl --out "$results" ${RANKS:+--ranks $RANKS} ;;
+    quality) quality "$1" "$limit" languages --rank 16 64 --steps 200 600 ;;
+    quality-gsm8k) quality "$1" "$limit" gsm8k --rank 16 64 --steps 200 600 --rows 8 --length 512 ;;
     curves-real) part "$1" "$limit" python -m bench.curves "$model" --name smollm2-135m --seeds 0 1 --out "$results/speed" ;;
     curves-random) part "$1" "$limit" python -m bench.curves tinyllama-1b --seeds 0 1 --out "$results/speed" ;;
     longest) part "$1" "$limit" python -m bench.train.worker ours 8b-131k --steps 1 --warmup 0 ;;
@@ -51,7 +58,7 @@ measure() {
       part "$1" "$limit" python -m bench.vram.worker
       cp "$logs/vram.log" "$results/vram/measured.jsonl" && keep
       ;;
-    tests) part "$1" "$limit" test tests/gpu --deselect tests/gpu/test_out_of_memory.py ;;
+    tests) part "$1" "$limit" test ${TESTS:-tests/gpu} --deselect tests/gpu/test_out_of_memory.py ;;
     out-of-memory) part "$1" "$limit" test tests/gpu/test_out_of_memory.py ;;
     *) echo "== $1: no such part" ;;
   esac

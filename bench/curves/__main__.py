@@ -1,8 +1,8 @@
 """Loss curves of ours and of the reference recipe: `python -m bench.curves MODEL [--name NAME] [--seeds 0 1 2]`.
 
-MODEL is a shape of bench.models (random weights) or a folder with real ones. A process for each trainer. Writes
-curves-NAME.json, .svg and .md with the verdict: is the difference within the reference's own, from seed to seed?
-Every run that ended is kept, and isn't run again with the same settings: what was cut off goes on.
+MODEL is a shape of bench.models (random weights) or a folder with real ones. A process for each run, all at one time:
+nothing is timed. Writes curves-NAME.json, .svg and .md with the verdict: is the difference within the reference's own,
+from seed to seed? Every run that ended is kept, and isn't run again with the same settings: what was cut off goes on.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--limit", type=int, default=240, help="seconds that one trainer's runs may take")
+    parser.add_argument("--limit", type=int, default=240, help="seconds that a run may take")
     parser.add_argument("--out", type=Path, default=Path("docs/results/speed"))
     options = parser.parse_args()
     name = options.name or Path(options.model).name
@@ -37,11 +37,12 @@ def main() -> None:
     setting = {"steps": options.steps, "rows": options.rows, "length": options.length}
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     results: list[Result] = [run for run in kept if run["setting"] == setting]
-    for variant in ("ours", "reference"):
-        ended = {run["seed"] for run in results if run["variant"] == variant}
-        missing = [seed for seed in options.seeds if seed not in ended]
-        for run in _runs(variant, options.model, missing, setting, options.limit):
-            results.append({**run, "setting": setting})
+    ended = {(run["variant"], run["seed"]) for run in results}
+    missing = [each for each in product(("ours", "reference"), options.seeds) if each not in ended]
+    with ThreadPoolExecutor(max(1, len(missing))) as pool:
+        futures = [pool.submit(_run, *each, options.model, setting, options.limit) for each in missing]
+        for future in as_completed(futures):
+            results.append({**future.result(), "setting": setting})
             text = "[\n" + ",\n".join(json.dumps(result) for result in results) + "\n]\n"
             path.write_text(text, encoding="utf-8")
     found = verdict(results)
@@ -50,21 +51,15 @@ def main() -> None:
     print(name, json.dumps(found))
 
 
-def _runs(variant: str, model: str, seeds: list[int], setting: dict[str, int], limit: int) -> Iterator[Result]:
-    """Each seed's result as soon as it is there. Exits where the trainer failed or took longer than `limit` seconds."""
-    if not seeds:
-        return
+def _run(variant: str, seed: int, model: str, setting: dict[str, int], limit: int) -> Result:
+    """One run, in a process of its own. Exits where that fails; subprocess.TimeoutExpired after `limit` seconds."""
     numbers = [argument for name, value in setting.items() for argument in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "bench.curves.worker", variant, model, *numbers, "--seeds", *map(str, seeds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
-        timer = threading.Timer(limit, worker.kill)
-        timer.start()
-        for line in worker.stdout or ():
-            if line.startswith('{"variant"'):  # transformers prints its own dictionaries between them
-                yield json.loads(line)
-        timer.cancel()
-    if worker.returncode:
-        raise SystemExit(f"{variant}: the process ended with {worker.returncode}; what it did before is kept")
+    command = [sys.executable, "-m", "bench.curves.worker", variant, model, *numbers, "--seed", str(seed)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit)
+    if ran.returncode:
+        raise SystemExit(f"{variant}, seed {seed}: the process ended with {ran.returncode}; what others did is kept")
+    # transformers prints its own dictionaries between them
+    return json.loads(next(line for line in ran.stdout.splitlines() if line.startswith('{"variant"')))  # type: ignore[no-any-return]
 
 
 def _page(name: str, found: dict[str, Any], results: list[Result], options: argparse.Namespace) -> str:

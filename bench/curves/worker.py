@@ -1,13 +1,12 @@
-"""Training runs of one trainer: `python -m bench.curves.worker ours|reference MODEL [--seeds 0 1] [--steps 100]`.
+"""A training run of one trainer: `python -m bench.curves.worker ours|reference MODEL [--seed 0] [--steps 100]`.
 
 MODEL is a shape of bench.models, with random weights, or a folder with real ones. All runs see the same rows in the
-same order; the seed is that of the adapter's first values. Each run's result is a line of JSON.
+same order; the seed is that of the adapter's first values. The result is a line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import tempfile
 from collections.abc import Callable
@@ -85,32 +84,27 @@ class Seen:
 
 
 def main() -> None:
-    """Train once for each seed."""
+    """Train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", choices=["ours", "reference"])
     parser.add_argument("model")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     options = parser.parse_args()
     run = Run(options.model, options.steps, options.rows, options.length, options.learning_rate)
-    for seed in options.seeds:
-        clock = StepClock(1)
-        found = {"ours": _ours, "reference": _reference}[options.variant](run, seed, clock)
-        result = {
-            "variant": options.variant,
-            "seed": seed,
-            "losses": clock.losses[: run.steps],
-            "order": found,
-            "stepSeconds": round(clock.median(), 4),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        }
-        print(json.dumps(result), flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    clock = StepClock(1)
+    order = {"ours": _ours, "reference": _reference}[options.variant](run, options.seed, clock)
+    result = {
+        "variant": options.variant,
+        "seed": options.seed,
+        "losses": clock.losses[: run.steps],
+        "order": order,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+    print(json.dumps(result), flush=True)
 
 
 def _ours(run: Run, seed: int, clock: StepClock) -> list[int]:
