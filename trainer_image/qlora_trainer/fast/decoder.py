@@ -5,6 +5,8 @@ Evaluation, generation, saving and merging go on using the modules themselves.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +16,15 @@ from triton.errors import TritonError
 
 from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.checkpointing import planned_layers
+from qlora_trainer.fast.compilation import compiling_only
 from qlora_trainer.fast.cross_entropy import NormedHeadLoss
 from qlora_trainer.fast.layer import Batch, Layer
 from qlora_trainer.fast.linears import Group, Linear
 from qlora_trainer.fast.offload import Garage
 from qlora_trainer.formats import IGNORED
 from qlorajob.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """transformers' model types of this shape, and how their classes' names begin."""
@@ -59,12 +64,18 @@ class FastDecoder:
         self, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, layout: Layout
     ) -> torch.Tensor:
         """The sum of all counted tokens' cross-entropies, float32. Everything else is [rows, length]."""
+        return self._summed_loss(self.layers, input_ids, labels, positions, layout)
+
+    def _summed_loss(
+        self, layers: Sequence[Layer], input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor,
+        layout: Layout,
+    ) -> torch.Tensor:  # fmt: skip
         with torch.autocast(input_ids.device.type, enabled=False):
             with torch.no_grad():
                 torch._foreach_copy_(self._copies, list[torch.Tensor](self.parameters))
                 hidden = self._embed(input_ids).flatten(0, 1)
                 batch = self._batch(positions, layout)
-            for layer in self.layers:
+            for layer in layers:
                 hidden = layer(hidden, batch)
             shifted = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
             return NormedHeadLoss.apply(  # type: ignore[no-any-return, no-untyped-call]
@@ -80,6 +91,8 @@ class FastDecoder:
         ids = (torch.arange(3, 3 + tokens, device=device) % len(self._head))[None]
         positions = torch.arange(tokens, device=device)[None]
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if device.type == "cuda":
+                self._compile(ids, positions)
             try:
                 found = self.summed_loss(ids, ids, positions, Layout(1))
                 found.backward()  # type: ignore[no-untyped-call]
@@ -96,6 +109,14 @@ class FastDecoder:
             raise NotCoveredError(f"its loss is {float(found.detach()):.3f} where it should be {float(expected):.3f}")
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _compile(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Compile the kernels at one time; one layer has them all. Else each is compiled when it is launched first."""
+        try:
+            with compiling_only():
+                self._summed_loss(self.layers[:1], ids, ids, positions, Layout(1)).backward()  # type: ignore[no-untyped-call]
+        except Exception as error:  # whatever it is, launching the kernels tells of it where it matters
+            logger.info("kernels are compiled one after the other: %s", error)
 
     def _batch(self, positions: torch.Tensor, layout: Layout) -> Batch:
         wide = torch.empty(0, dtype=torch.float32, device=positions.device)

@@ -1,0 +1,49 @@
+"""Triton's kernels, compiled at one time instead of one after the other as they are met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from triton.runtime import JITFunction, driver
+from triton.runtime._async_compile import AsyncCompileMode, active_mode
+
+from qlora_trainer.settings import usable_cpus
+
+
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Compile the kernels that are launched here, and run none of them: what they should write is anything.
+
+    When this ends they are all there, for launches of the same kind. Raises what a compilation raised.
+    """
+    run = JITFunction.run
+    with ThreadPoolExecutor(usable_cpus()) as pool, _WithLaunchers(pool) as mode:
+
+        def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            token = active_mode.set(mode)  # autograd's threads have contexts of their own
+            try:
+                return run(kernel, *arguments, grid=grid, warmup=True, **options)
+            finally:
+                active_mode.reset(token)
+
+        with patch.object(JITFunction, "run", compile_only):
+            yield
+
+
+class _WithLaunchers(AsyncCompileMode):  # type: ignore[misc]
+    """Compiles what launches a kernel with it, which takes a C compiler as long as the kernel takes Triton.
+
+    The launcher is found among Triton's files when the kernel is launched first.
+    """
+
+    def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> Any:
+        def compile_both() -> Any:
+            kernel = compile_fn()
+            driver.active.launcher_cls(kernel.src, kernel.metadata)
+            return kernel
+
+        return super().submit(key, compile_both, finalize_fn)
