@@ -13,6 +13,9 @@ from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
 from qlora_trainer.settings import usable_cpus
 
+MOST = 8
+"""Kernels at one time: Triton's assembler and the C compiler take 100 MB each, of memory that the pod must have."""
+
 
 @contextmanager
 def compiling_only() -> Iterator[None]:
@@ -21,7 +24,7 @@ def compiling_only() -> Iterator[None]:
     When this ends they are all there, for launches of the same kind. Raises what a compilation raised.
     """
     run = JITFunction.run
-    with ThreadPoolExecutor(usable_cpus()) as pool, _WithLaunchers(pool) as mode:
+    with ThreadPoolExecutor(min(MOST, usable_cpus())) as pool, _WithLaunchers(pool) as mode:
 
         def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
             token = active_mode.set(mode)  # autograd's threads have contexts of their own
