@@ -1,8 +1,8 @@
-"""Weights from files to the GPU through page-locked memory, which takes a third of the time of a plain copy.
+"""Weights from files to the GPU through page-locked memory.
 
 transformers copies one tensor after the other from the mapped file when it quantizes while it loads. The driver then
-copies by way of a buffer of its own, with one thread, which also takes the file's page faults: 3 to 5 GB/s. Here all
-threads fill one half of a page-locked buffer while the GPU fetches the other.
+copies by way of a buffer of its own, with one thread, which also takes the file's page faults. Here all threads fill
+one half of a page-locked buffer while the GPU fetches the other.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from triton.runtime._async_compile import AsyncCompileMode, active_mode
 from qlora_trainer.settings import usable_cpus
 
 MOST = 8
-"""Kernels at one time: Triton's assembler and the C compiler take 100 MB each, of memory that the pod must have."""
+"""Kernels at one time: the assembler and the C compiler are processes, whose memory the pod must have."""
 
 
 @contextmanager
