@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from triton import AsyncCompileMode
 from triton.runtime import JITFunction, driver
-from triton.runtime._async_compile import AsyncCompileMode, active_mode
+from triton.runtime._async_compile import active_mode
 
 from qlora_trainer.settings import usable_cpus
 
@@ -38,7 +39,7 @@ def compiling_only() -> Iterator[None]:
 
 
 class _WithLaunchers(AsyncCompileMode):  # type: ignore[misc]
-    """Compiles what launches a kernel with it, which takes a C compiler as long as the kernel takes Triton.
+    """Compiles what launches a kernel, which takes a C compiler, together with it.
 
     The launcher is found among Triton's files when the kernel is launched first.
     """
