@@ -42,9 +42,13 @@ def main() -> None:
     with ThreadPoolExecutor(max(1, len(missing))) as pool:
         futures = [pool.submit(_run, *each, options.model, setting, options.limit) for each in missing]
         for future in as_completed(futures):
+            if future.exception() is not None:
+                continue  # raised below, once the others are kept
             results.append({**future.result(), "setting": setting})
             text = "[\n" + ",\n".join(json.dumps(result) for result in results) + "\n]\n"
             path.write_text(text, encoding="utf-8")
+    for future in futures:
+        future.result()
     found = verdict(results)
     (options.out / f"curves-{name}.md").write_text(_page(name, found, results, options), encoding="utf-8")
     _picture(results, options.out / f"curves-{name}.svg")

@@ -75,10 +75,14 @@ def _run_missing(wanted: list[tuple[Setting, int, Kind]], folder: Path, workers:
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(run, kind, seed, setting): (setting, seed, kind) for setting, seed, kind in missing}
         for future in as_completed(futures):
+            if future.exception() is not None:
+                continue  # raised below, once the others are kept
             path = _path(*futures[future], folder)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(future.result()) + "\n", encoding="utf-8")
             print(path.parent.name, path.stem, future.result()["validation"][-1], flush=True)
+    for future in futures:
+        future.result()
 
 
 def _is_there(setting: Setting, seed: int, kind: Kind, folder: Path) -> bool:
