@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 import weights
 from bench.curves.text import rows
 from bench.jobs import plan_of, spec_of
-from qlora_trainer.fast import layer
 from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.decoder import FastDecoder
 from qlora_trainer.fast.linears import Group
@@ -35,7 +34,7 @@ def main() -> None:
     folder = Path(weights.ensure())
     ids = torch.as_tensor(rows(1, TOKENS, folder)[0]["input_ids"]).long()[None]
     exact, rounded = (_decoder(folder, dtype) for dtype in (torch.float32, torch.bfloat16))
-    first, last = _loss, partial(_with, partial(_added_last, layer._product))
+    first, last = _loss, partial(_with, partial(_added_last, Group.product))
     start = _loss(exact, ids)
     start.backward()  # type: ignore[no-untyped-call]
     directions = [None if each.grad is None else each.grad.sign() for each in exact.parameters]
@@ -74,15 +73,13 @@ def _loss(decoder: FastDecoder, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _with(product: Product, decoder: FastDecoder, ids: torch.Tensor) -> torch.Tensor:
-    with patch.object(layer, "_product", product):
+    with patch.object(Group, "product", lambda *arguments: product(*arguments)):
         return _loss(decoder, ids)
 
 
-def _added_last(
-    product: Product, group: Group, x: torch.Tensor, buffer: torch.Tensor, low: torch.Tensor | None = None
-) -> torch.Tensor:
-    y = product(group, x, buffer)
-    return y if low is None or not group.rank else y.addmm_(low, group.b.T, alpha=group.scale)
+def _added_last(product: Product, group: Group, x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    y = product(group, x[:, : group.inputs], buffer)
+    return y.addmm_(x[:, group.inputs :], group.b.T, alpha=group.scale) if x.shape[1] > group.inputs else y
 
 
 if __name__ == "__main__":

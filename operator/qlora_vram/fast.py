@@ -19,6 +19,8 @@ from qlora_vram.workload import Workload
 
 RANK_STEP: Final = 16
 """Ranks are filled up to a multiple of this (`fast.low_rank`)."""
+ROW_STEP: Final = 64
+"""Numbers that rows with something beside them are filled up to (`fast.linears`)."""
 LOGIT_BYTES: Final = 256 * 2**20
 """Logits that exist at once (`fast.cross_entropy.CHUNK_BYTES`) …"""
 LOGIT_ROWS: Final = 64
@@ -57,6 +59,12 @@ class FastStep:
         filled = -(-self.workload.rank // RANK_STEP) * RANK_STEP
         return {name: filled * len(found[name]) for name in GROUPS}
 
+    def _room(self, name: Role, inputs: int) -> int:
+        """Numbers beside each row of a weight, and of its input, for the adapter (`Group.row`)."""
+        if name == "up" or not self._ranks[name]:
+            return 0
+        return -(-(inputs + self._ranks[name]) // ROW_STEP) * ROW_STEP - inputs
+
     @property
     def standing(self) -> dict[str, int]:
         """The buffer of the largest group's weight; and the adapters in the compute type, filled up with zeros."""
@@ -66,7 +74,7 @@ class FastStep:
         for name in GROUPS:
             inputs = max((linear.inputs for linear in groups[name]), default=0)
             outputs = sum(linear.outputs * linear.count for linear in groups[name]) // layers
-            buffer = max(buffer, inputs * outputs)
+            buffer = max(buffer, (inputs + self._room(name, inputs)) * outputs)
             copies += self._ranks[name] * (inputs + outputs) * layers
         beside = SECOND_STREAM_BYTES if self.graphs or self.workload.shape.offload else 0
         return {
@@ -118,7 +126,7 @@ class FastStep:
     def in_layer(self) -> tuple[Moment, ...]:
         """Forward, then backward from the last product to attention."""
         layer = self._layer
-        active = layer.inside * (2 if self.workload.dropout else 1)
+        active = layer.inside * (2 if self.workload.dropout else 1) + self._room("down", layer.inside)
         attention = 2 * layer.hidden + 2 * layer.queries + 2 * layer.keys
         workspace = FLASH_WORKSPACE * layer.queries * self.workload.tokens
         grouped = 2 * layer.queries if layer.grouped else 0

@@ -118,6 +118,23 @@ def test_gradients_are_as_near_to_float32_as_the_plain_path_s(
     assert fast < max(1.2 * plain, 1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qkv", "out", "down"])
+def test_an_update_smaller_than_16_bit_resolve_arrives_in_the_product(name: str) -> None:
+    """cuBLAS rounds a product before it adds it to a matrix, so that of such an update only half arrives there."""
+    decoder = FastDecoder(_model(SMALL), _plan())
+    torch._foreach_copy_(decoder._copies, list[torch.Tensor](decoder.parameters))
+    group = getattr(decoder.layers[0], name)
+    x = torch.randn(4096, group.inputs, device="cuda", dtype=torch.bfloat16)
+    low, roomy = x @ group.a.T, group.given_room(x)
+    roomy[:, group.inputs :] = low
+    frozen = group.product(x, decoder._buffer).float()
+    group.b.mul_(1e-3 * frozen.std() / (group.scale * low @ group.b.T).std())
+    update = group.scale * low.float() @ group.b.float().T
+    change = group.product(roomy, decoder._buffer).float() - frozen
+    assert float((change * update).sum() / update.square().sum()) == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_every_checkpointing_policy_gives_the_same_gradients(dropout: float) -> None:
     model, ids = _model(SMALL, dropout=dropout), _ids(SMALL.vocabulary)

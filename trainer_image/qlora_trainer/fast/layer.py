@@ -81,6 +81,12 @@ class Layer:
         return self.qkv, self.out, self.gate_up, self.down
 
     @property
+    def buffer_size(self) -> int:
+        """Numbers that the largest weight takes, each as a product wants it."""
+        gate_up = self.gate_up.outputs * self.gate_up.inputs  # whose updates are added later, by the activation
+        return max(gate_up, *(group.outputs * group.row for group in (self.qkv, self.out, self.down)))
+
+    @property
     def parameters(self) -> list[Any]:
         """The adapters' parameters."""
         return [parameter for group in self.groups for parameter in group.parameters]
@@ -91,24 +97,28 @@ class Layer:
 
     def keep(self, x: torch.Tensor, batch: Batch, attended: Attended | None = None) -> Kept:
         """The forward pass up to the MLP's activation. `attended` is the attention's result where it is known."""
-        normed, _ = rms_norm(x, self.input_norm, self.eps)
-        qkv, low_qkv = self._linear(self.qkv, normed, batch, 0)
+        roomy = self.qkv.with_room(x)
+        rms_norm(x, self.input_norm, self.eps, out=roomy[:, : self.qkv.inputs])
+        qkv, low_qkv = self._linear(self.qkv, roomy, batch, 0)
         heads = self.heads + self.key_value_heads
         rotated = qkv[:, : heads * self.head_size].view(-1, heads, self.head_size)
         rotate(rotated, batch.cos, batch.sin, rotated)
         attended = attended or attend(*self._split(qkv), batch.layout)
-        middle, low_out = self._linear(self.out, attended.out.flatten(1), batch, 1)
+        middle, low_out = self._linear(self.out, self.out.given_room(attended.out.flatten(1)), batch, 1)
         normed, _ = rms_norm(middle, self.middle_norm, self.eps, add=x)
-        gate_up = _product(self.gate_up, normed, batch.buffer)
+        gate_up = self.gate_up.product(normed, batch.buffer)
         low_gate_up = dropped(normed, self._dropout(self.gate_up, batch, 2)) @ self.gate_up.a.T
         return Kept(x, qkv, attended, middle, gate_up, (low_qkv, low_out, low_gate_up))
 
     def finish(self, kept: Kept, batch: Batch) -> torch.Tensor:
         """The rest: the activation, the last product, the residual."""
-        active, active_dropped = swiglu(kept.gate_up, *self._updates(kept), dropout=self._dropout(self.down, batch, 3))
-        if self.down.rank:
-            kept.low_down = active_dropped @ self.down.a.T
-        return _product(self.down, active, batch.buffer, kept.low_down).add_(kept.middle)
+        down, roomy = self.down, self.down.with_room(kept.x)
+        active = roomy[:, : down.inputs]
+        dropped_active = swiglu(kept.gate_up, *self._updates(kept), active, self._dropout(down, batch, 3))
+        if down.rank:
+            kept.low_down = dropped_active @ down.a.T
+            roomy[:, down.inputs :] = kept.low_down
+        return down.product(roomy, batch.buffer).add_(kept.middle)
 
     def backward(
         self, grad: torch.Tensor, kept: Kept, batch: Batch, *, to_input: bool
@@ -148,10 +158,11 @@ class Layer:
             return rms_norm_backward(into, kept.x, self.input_norm, rstd, add=grad), [*qkv_grads, *out_grads]
         return None, [*qkv_grads, *out_grads]
 
-    def _linear(self, group: Group, x: torch.Tensor, batch: Batch, site: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Product, bias and adapter; and the input times A."""
-        low = dropped(x, self._dropout(group, batch, site)) @ group.a.T
-        return _product(group, x, batch.buffer, low), low
+    def _linear(self, group: Group, roomy: torch.Tensor, batch: Batch, site: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Product, bias and adapter of an input with room beside it; and the input times A, which goes there."""
+        low = dropped(roomy[:, : group.inputs], self._dropout(group, batch, site)) @ group.a.T
+        roomy[:, group.inputs :] = low
+        return group.product(roomy, batch.buffer), low
 
     def _backward_linear(
         self, group: Group, grad: torch.Tensor, low: torch.Tensor, x: torch.Tensor, batch: Batch, site: int,
@@ -183,21 +194,6 @@ class Layer:
         """q [T, heads, D], k and v [T, key/value heads, D]: views."""
         heads, end = qkv.view(len(qkv), -1, self.head_size), self.heads + self.key_value_heads
         return heads[:, : self.heads], heads[:, self.heads : end], heads[:, end:]
-
-
-def _product(group: Group, x: torch.Tensor, buffer: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K] times the frozen weight, and the bias; with the adapter's update where `low`, x times A, is given.
-
-    The update is there first, so that the wide product adds to it in float32. A young adapter's update is smaller than
-    what 16 bit resolve of the frozen layer's output: added to that once it is rounded, most of it would be lost.
-    """
-    weight = group.weight(buffer).T
-    if low is None or not group.rank:
-        return x @ weight if group.bias is None else torch.addmm(group.bias, x, weight)
-    y = torch.empty(len(x), group.outputs, dtype=x.dtype, device=x.device)
-    y.addmm_(low, group.b.T, beta=0, alpha=group.scale)
-    y.addmm_(x, weight)
-    return y if group.bias is None else y.add_(group.bias)
 
 
 def _adapter_gradients(

@@ -3,6 +3,11 @@
 q, k and v become one matrix product, gate and up another. The weights are dequantized side by side into a buffer that
 all groups share; the adapters' float32 weights are copied once a step into the compute type: the A matrices one below
 the other, the B matrices as blocks on a diagonal, ranks filled up with zeros to what tensor cores take.
+
+An adapter's update is part of the wide product: the input has its product with A beside it, the weight has B. So both
+are added up in float32, and rounded once. A young adapter's update is smaller than what 16 bit resolve of the frozen
+layer's output; added to that once it is rounded, most of it would be lost. (cuBLAS does so too, where a product is to
+be added to a matrix: of an update of a thousandth, half arrives on an H100.)
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ from qlora_trainer.fast.low_rank import RANK_STEP
 from qlora_trainer.fast.nf4 import dequantize, supports
 
 ADAPTER = "default"
+ROW_STEP = 64
+"""Rows of operands with something beside them begin at a multiple of so many numbers: the 128 bytes of a cache line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,11 @@ class Group:
         ]
 
     @property
+    def row(self) -> int:
+        """Numbers from one row of an operand with room beside it to the next."""
+        return -(-(self.inputs + self.rank) // ROW_STEP) * ROW_STEP if self.rank else self.inputs
+
+    @property
     def copies(self) -> list[torch.Tensor]:
         """Where the parameters go in `a` and `b`: views, in the order of `parameters`."""
         views = []
@@ -123,12 +135,24 @@ class Group:
         """The frozen weight [N, K], in the buffer: valid until another group's is asked for."""
         if len(self.linears) == 1 and self.linears[0].base.weight.dtype == buffer.dtype:
             return self.linears[0].base.weight.data  # type: ignore[no-any-return]
-        whole = buffer[: self.outputs * self.inputs].view(self.outputs, self.inputs)
-        row = 0
-        for linear in self.linears:
-            linear.write(whole[row : row + linear.shape[0]])
-            row += linear.shape[0]
-        return whole
+        return self._write(buffer[: self.outputs * self.inputs].view(self.outputs, self.inputs))
+
+    def with_room(self, like: torch.Tensor) -> torch.Tensor:
+        """An input [T, K] with room for its product with A at its right [T, K + R]: not filled. T is that of `like`."""
+        return like.new_empty(len(like), self.row)[:, : self.inputs + self.rank]
+
+    def given_room(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy of x [T, K] with that room; x itself where there is no adapter."""
+        if not self.rank:
+            return x
+        roomy = self.with_room(x)
+        roomy[:, : self.inputs] = x
+        return roomy
+
+    def product(self, x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """x [T, K] times the frozen weight, and the bias; with x times A at its right [T, K + R], the adapter's too."""
+        weight = (self.weight(buffer) if x.shape[1] == self.inputs else self._weight_and_b(buffer)).T
+        return x @ weight if self.bias is None else torch.addmm(self.bias, x, weight)
 
     def gradients(self, da: torch.Tensor | None, db: torch.Tensor | None) -> list[torch.Tensor]:
         """Gradients of `parameters` from those of `a` and `b`."""
@@ -139,6 +163,20 @@ class Group:
             found.append(da[column : column + linear.rank])
             found.append(db[row : row + linear.shape[0], column : column + linear.rank])
         return found
+
+    def _weight_and_b(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The frozen weight and, at its right, B times the adapter's scale [N, K + R], in the buffer."""
+        whole = buffer[: self.outputs * self.row].view(self.outputs, self.row)[:, : self.inputs + self.rank]
+        self._write(whole[:, : self.inputs])
+        torch.mul(self.b, self.scale, out=whole[:, self.inputs :])
+        return whole
+
+    def _write(self, whole: torch.Tensor) -> torch.Tensor:
+        row = 0
+        for linear in self.linears:
+            linear.write(whole[row : row + linear.shape[0]])
+            row += linear.shape[0]
+        return whole
 
     def _places(self) -> list[tuple[Linear, int, int]]:
         places, row, column = [], 0, 0

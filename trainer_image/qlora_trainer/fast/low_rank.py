@@ -59,11 +59,12 @@ def dropped(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
         return x
     if not uses_kernels(x):
         return x * dropout.mask(*x.shape) / (1 - dropout.share)
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     block = 1024
     _drop[(len(x), triton.cdiv(x.shape[1], block))](
-        x, out, x.shape[1], dropout.seed, dropout.site, dropout.threshold, 1 / (1 - dropout.share), BLOCK=block
-    )
+        x, out, x.shape[1], x.stride(0), dropout.seed, dropout.site, dropout.threshold, 1 / (1 - dropout.share),
+        BLOCK=block,
+    )  # fmt: skip
     return out
 
 
@@ -115,11 +116,11 @@ def product(
 
 
 @triton.jit(do_not_specialize=["site"])
-def _drop(x, out, width, seed, site, threshold, scale, BLOCK: tl.constexpr):
+def _drop(x, out, width, x_row, seed, site, threshold, scale, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    values = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32) * scale
+    values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32) * scale
     values = tl.where(keeps(seed, site, row, column, threshold), values, 0.0)
     tl.store(out + row * width + column, values.to(out.dtype.element_ty), mask=inside)
 

@@ -20,11 +20,17 @@ BLOCKS = 32
 
 
 def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
-    """Write the weights of a Linear4bit into `out`: contiguous, of the weight's shape, in any floating-point type."""
+    """Write the weights of a Linear4bit into `out` [N, K], of any floating-point type; its rows may lie apart."""
+    outputs, inputs = out.shape
     if not uses_kernels(packed):
         out.copy_(bitsandbytes.functional.dequantize_4bit(packed, state))
         return
-    blocks = out.numel() // state.blocksize
+    if not out.is_contiguous() and inputs % state.blocksize:  # a block goes on in the next row
+        whole = out.new_empty(out.shape)
+        dequantize(packed, state, whole)
+        out.copy_(whole)
+        return
+    blocks = outputs * inputs // state.blocksize
     nested = state.state2
     _dequantize[(triton.cdiv(blocks, BLOCKS),)](
         packed,
@@ -35,10 +41,12 @@ def dequantize(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
         state.offset if nested else state.absmax,
         out,
         blocks,
+        out.stride(0),
         NESTED=nested is not None,
         NESTED_SIZE=nested.blocksize if nested else 1,
         SIZE=state.blocksize,
         BLOCKS=BLOCKS,
+        IN_ROW=0 if out.is_contiguous() else inputs // state.blocksize,
     )
 
 
@@ -49,8 +57,9 @@ def supports(state: Any) -> bool:
 
 @triton.jit
 def _dequantize(
-    packed, absmax, code, absmax_code, absmax_scale, offset, out, blocks,
+    packed, absmax, code, absmax_code, absmax_scale, offset, out, blocks, out_row,
     NESTED: tl.constexpr, NESTED_SIZE: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+    IN_ROW: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < blocks
@@ -65,4 +74,6 @@ def _dequantize(
     first = tl.load(code + (pair >> 4)) * scale[:, None]
     second = tl.load(code + (pair & 15)) * scale[:, None]
     values = tl.reshape(tl.join(first, second), (BLOCKS, SIZE))
+    if IN_ROW > 0:  # blocks of a row, whose rows lie apart
+        start = (block // IN_ROW).to(tl.int64)[:, None] * out_row + (block % IN_ROW)[:, None] * SIZE
     tl.store(out + start + tl.arange(0, SIZE)[None, :], values.to(out.dtype.element_ty), mask=inside[:, None])

@@ -10,19 +10,23 @@ from qlora_trainer.fast.dispatch import uses_kernels
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, add: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, eps: float, add: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalised rows of x [T, H], and 1/rms of each in float32 [T]. `add` [T, H] is added to x in place first."""
+    """The normalised rows of x [T, H], and 1/rms of each in float32 [T]. `add` [T, H] is added to x in place first.
+
+    The rows are written into `out` [T, H] where it is given; only its last dimension must be dense.
+    """
+    y = torch.empty_like(x) if out is None else out
     if not uses_kernels(x):
         if add is not None:
             x.add_(add)
         rstd = torch.rsqrt(x.float().square().mean(-1) + eps)
-        return weight * (x.float() * rstd[:, None]).to(x.dtype), rstd
-    y, rstd = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
+        return y.copy_(weight * (x.float() * rstd[:, None]).to(x.dtype)), rstd
+    rstd = torch.empty(len(x), dtype=torch.float32, device=x.device)
     width = x.shape[1]
     block = triton.next_power_of_2(width)
     _forward[(len(x),)](
-        x, x if add is None else add, weight, y, rstd, width, eps,
+        x, x if add is None else add, weight, y, rstd, width, y.stride(0), eps,
         ADD=add is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return y, rstd
@@ -56,7 +60,7 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _forward(x, add, weight, y, rstd, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(x, add, weight, y, rstd, width, y_row, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -70,7 +74,7 @@ def _forward(x, add, weight, y, rstd, width, eps, ADD: tl.constexpr, BLOCK: tl.c
     tl.store(rstd + row, inverse)
     hat = (wide * inverse).to(values.dtype).to(tl.float32)
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + place, (hat * factor).to(values.dtype), mask=inside)
+    tl.store(y + row * y_row + column, (hat * factor).to(values.dtype), mask=inside)
 
 
 @triton.jit

@@ -29,21 +29,23 @@ class Update:
 
 
 def swiglu(
-    gate_up: torch.Tensor, gate: Update, up: Update, dropout: Dropout | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) · up, and the same after dropout (the same tensor without). gate_up [T, 2·I] lacks the updates."""
-    tokens, width = len(gate_up), gate_up.shape[1] // 2
-    out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
+    gate_up: torch.Tensor, gate: Update, up: Update, out: torch.Tensor, dropout: Dropout | None = None
+) -> torch.Tensor:
+    """Write silu(gate) · up into `out` [T, I], of which only the last dimension must be dense.
+
+    Returns the same after dropout (without one, `out`). gate_up [T, 2·I] lacks the updates.
+    """
+    tokens, width = out.shape
     if not uses_kernels(gate_up):
         g, u = gate_up[:, :width].float() + gate.plain(), gate_up[:, width:].float() + up.plain()
         out.copy_(torch.nn.functional.silu(g) * u)
-        return out, out if dropout is None else out * dropout.mask(tokens, width) / (1 - dropout.share)
-    also = out if dropout is None else torch.empty_like(out)
+        return out if dropout is None else out * dropout.mask(tokens, width) / (1 - dropout.share)
+    also = out if dropout is None else out.new_empty(out.shape)
     _forward[_grid(tokens, width)](
-        gate_up, out, also, tokens, width,
+        gate_up, out, also, tokens, width, out.stride(0),
         *_pointers(gate), *_pointers(up), *_numbers(dropout, gate_up), **_ranks(gate, up), DROPOUT=dropout is not None,
     )  # fmt: skip
-    return out, also
+    return also
 
 
 def swiglu_backward(
@@ -110,7 +112,7 @@ def _updated(
 
 @triton.jit(do_not_specialize=["site"])
 def _forward(
-    gate_up, out, also, rows, width,
+    gate_up, out, also, rows, width, out_row,
     g_left, g_right, g_scale, g_left_row, g_right_row, g_right_column,
     u_left, u_right, u_scale, u_left_row, u_right_row, u_right_column,
     seed, site, threshold, kept_scale,
@@ -131,7 +133,7 @@ def _forward(
         u_right_column, row, column, row_inside, column_inside, RANK_U, STEP_U, ROWS, COLUMNS,
     )  # fmt: skip
     values = gate * tl.sigmoid(gate) * up
-    tl.store(out + row * width + column, values.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_row + column, values.to(out.dtype.element_ty), mask=inside)
     if DROPOUT:
         values = tl.where(keeps(seed, site, row, column, threshold), values * kept_scale, 0.0)
         tl.store(also + row * width + column, values.to(out.dtype.element_ty), mask=inside)

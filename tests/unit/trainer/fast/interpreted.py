@@ -30,12 +30,29 @@ def error(piece: Piece) -> float:
 
 
 def dequantized(**options: Any) -> Piece:
-    packed, state = bitsandbytes.functional.quantize_4bit(torch.randn(96, 64), **{"quant_type": "nf4", **options})
+    outputs, inputs = 48, 128
+    weight = torch.randn(outputs, inputs)
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight, **{"quant_type": "nf4", "compress_statistics": True, **options}
+    )
 
     def piece() -> tuple[torch.Tensor, ...]:
-        out = torch.full((96, 64), float("nan"))
+        out, apart = torch.full((outputs, inputs), float("nan")), torch.zeros(outputs, inputs + 16)
         nf4.dequantize(packed, state, out)
-        return (out,)
+        nf4.dequantize(packed, state, apart[:, :inputs])
+        return out, apart
+
+    return piece
+
+
+def dequantized_across_rows() -> Piece:
+    """bitsandbytes gets such a weight wrong on a CPU (0.50.2), so the plain one has a block in each row."""
+    packed, state = bitsandbytes.functional.quantize_4bit(torch.randn(96, 64), quant_type="nf4")
+
+    def piece() -> tuple[torch.Tensor, ...]:
+        out = torch.zeros(64, 112)[:, :96] if dispatch.INTERPRETED else torch.zeros(96, 64)
+        nf4.dequantize(packed, state, out)
+        return (out.reshape(64, 96),)
 
     return piece
 
@@ -47,9 +64,11 @@ def normed() -> Piece:
         stream = x.clone()
         y, rstd = norm.rms_norm(stream, weight, 1e-5, add=add)
         alone, rstd_alone = norm.rms_norm(x, weight, 1e-5)
+        apart = torch.zeros(7, 64)
+        norm.rms_norm(x, weight, 1e-5, out=apart[:, :48])
         added = norm.rms_norm_backward(dy.clone(), x, weight, rstd_alone, add=add)
         scaled = norm.rms_norm_backward(dy.clone(), x, weight, rstd_alone, scale=torch.tensor(2.5))
-        return stream, y, rstd, alone, added, scaled
+        return stream, y, rstd, alone, apart, added, scaled
 
     return piece
 
@@ -72,7 +91,7 @@ DROPOUT = Dropout(0.25, torch.tensor([1_234_567_891]), 3)
 
 
 def dropped() -> Piece:
-    return lambda: (low_rank.dropped(torch.ones(70, 1100), DROPOUT),)
+    return lambda: (low_rank.dropped(torch.ones(70, 1200)[:, :1100], DROPOUT),)
 
 
 def product_added() -> Piece:
@@ -93,7 +112,8 @@ def activated(*, adapters: bool, dropout: Dropout | None) -> Piece:
     gate, up, down = some if adapters else (none, some[1], none)
 
     def piece() -> tuple[torch.Tensor, ...]:
-        out, also = swiglu.swiglu(gate_up, gate, up, dropout)
+        out = torch.zeros(70, 150)
+        also = swiglu.swiglu(gate_up, gate, up, out[:, :130], dropout)
         into, grad = gate_up.clone(), torch.full((70, 130), 0.3)
         swiglu.swiglu_backward(into, grad, gate, up, down, dropout)
         return out, also, into, grad
@@ -115,7 +135,8 @@ def lost() -> Piece:
 PIECES = {
     "nf4": dequantized,
     "nf4 without double quantization": lambda: dequantized(compress_statistics=False),
-    "fp4": lambda: dequantized(quant_type="fp4", compress_statistics=True),
+    "nf4 whose blocks go on in the next row": dequantized_across_rows,
+    "fp4": lambda: dequantized(quant_type="fp4"),
     "norm": normed,
     "rope": rotated,
     "dropout": dropped,

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from triton import compile as compiled
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
+from qlora_trainer.fast.nf4 import _dequantize
 from tests.unit.trainer.fast.interpreted import PIECES
 
 ROOT = Path(__file__).parents[4]
@@ -30,3 +35,19 @@ def errors() -> dict[str, float]:
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_kernel_computes_what_its_plain_equivalent_does(errors: dict[str, float], piece: str) -> None:
     assert errors[piece] < 1e-6
+
+
+@pytest.mark.parametrize("blocks_in_row", [0, 9, 64, 224])
+def test_weights_are_written_sixteen_bytes_at_a_time(blocks_in_row: int) -> None:
+    """Compiled for an H100, which need not be there. Triton must see that all rows begin at such an address."""
+    constants = {"NESTED": True, "NESTED_SIZE": 256, "SIZE": 64, "BLOCKS": 32, "IN_ROW": blocks_in_row}
+    types = {"packed": "*u8", "absmax": "*u8", "out": "*bf16", "blocks": "i32", "out_row": "i32"}
+    names = _dequantize.arg_names
+    source = ASTSource(
+        fn=_dequantize,
+        signature={name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(number,): [["tt.divisibility", 16]] for number, name in enumerate(names) if name not in constants},
+    )
+    stores = re.findall(r"st\.global\.[\w.]+", compiled(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+    assert set(stores) == {"st.global.v4.b32"}
