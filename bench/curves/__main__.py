@@ -1,8 +1,11 @@
-"""Loss curves of ours and of the reference recipe: `python -m bench.curves MODEL [--name NAME] [--seeds 0 1 2]`.
+"""Loss curves of ours, of the reference recipe, and of that in float32.
+
+    python -m bench.curves MODEL [--name NAME] [--seeds 0 1 2]
 
 MODEL is a shape of bench.models (random weights) or a folder with real ones. A process for each run, all at one time:
 nothing is timed. Writes curves-NAME.json, .svg and .md with the verdict: is the difference within the reference's own,
-from seed to seed? Every run that ended is kept, and isn't run again with the same settings: what was cut off goes on.
+from seed to seed? And which of both is nearer to what it would be if nothing were rounded? Every run that ended is
+kept, and isn't run again with the same settings: what was cut off goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench.curves.verdict import WINDOW, Result, verdict
+from bench.curves.verdict import VARIANTS, WINDOW, Result, verdict
+
+COLOURS = {"ours": "tab:orange", "reference": "tab:blue", "float32": "tab:gray"}
 
 
 def main() -> None:
@@ -38,7 +43,7 @@ def main() -> None:
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     results: list[Result] = [run for run in kept if run["setting"] == setting]
     ended = {(run["variant"], run["seed"]) for run in results}
-    missing = [each for each in product(("ours", "reference"), options.seeds) if each not in ended]
+    missing = [each for each in product(VARIANTS, options.seeds) if each not in ended]
     with ThreadPoolExecutor(max(1, len(missing))) as pool:
         futures = [pool.submit(_run, *each, options.model, setting, options.limit) for each in missing]
         for future in as_completed(futures):
@@ -67,12 +72,13 @@ def _run(variant: str, seed: int, model: str, setting: dict[str, int], limit: in
 
 
 def _page(name: str, found: dict[str, Any], results: list[Result], options: argparse.Namespace) -> str:
-    last = found["lastLosses"]
+    last, exact = found["lastLosses"], found["fromFloat32"]
     return (
         f"{name}: {options.steps} steps of {options.rows} × {options.length} tokens of real text, "
         f"{len(options.seeds)} seeds each, on {results[0]['gpu']}. Largest difference of two curves, averaged over "
         f"{WINDOW} steps: ours from the reference recipe at the same seed **{found['distance']:.4f}**, the reference's "
         f"own from seed to seed **{found['noise']:.4f}**: {'within' if found['within'] else 'NOT within'} its noise. "
+        f"From the same recipe in float32: ours **{exact['ours']:.4f}**, the reference **{exact['reference']:.4f}**. "
         f"Loss over the last {WINDOW} steps: reference {last['reference']:.4f}, ours {last['ours']:.4f}.\n"
     )
 
@@ -85,7 +91,7 @@ def _picture(results: list[Result], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for result in results:
-        colour = "tab:orange" if result["variant"] == "ours" else "tab:blue"
+        colour = COLOURS[result["variant"]]
         label = result["variant"] if result["seed"] == results[0]["seed"] else None
         axes.plot(
             range(1, len(result["losses"]) + 1), result["losses"], color=colour, alpha=0.6, linewidth=1, label=label

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+VARIANTS = ("ours", "reference", "float32")
 WINDOW = 10
 """Steps that are averaged, so that one batch doesn't decide."""
 
@@ -25,6 +26,8 @@ def distance(one: Sequence[float], other: Sequence[float]) -> float:
 def verdict(results: Sequence[Result]) -> dict[str, Any]:
     """Distance of ours from the reference at the same seed; noise: the reference's own between seeds.
 
+    `fromFloat32`: how far both are from the recipe without rounding at the same seed, where that was run.
+
     Raises ValueError where runs didn't see the same rows in the same order, which would make this meaningless.
     """
     orders = {tuple(result["order"][: len(result["losses"])]) for result in results}
@@ -32,7 +35,12 @@ def verdict(results: Sequence[Result]) -> dict[str, Any]:
         raise ValueError("the runs saw different rows, or in another order")
     curves = {(result["variant"], result["seed"]): result["losses"] for result in results}
     seeds = sorted({seed for variant, seed in curves if variant == "reference"})
-    ours = [distance(curves["ours", seed], curves["reference", seed]) for seed in seeds if ("ours", seed) in curves]
+
+    def apart(one: str, other: str) -> list[float]:
+        both = [seed for seed in seeds if (one, seed) in curves and (other, seed) in curves]
+        return [distance(curves[one, seed], curves[other, seed]) for seed in both]
+
+    ours = apart("ours", "reference")
     noise = [distance(curves["reference", one], curves["reference", other]) for one, other in combinations(seeds, 2)]
     if not ours or not noise:
         raise ValueError("there must be two seeds of the reference, and one of ours with the same seed")
@@ -40,6 +48,9 @@ def verdict(results: Sequence[Result]) -> dict[str, Any]:
         "distance": max(ours),
         "noise": max(noise),
         "within": max(ours) <= max(noise),
+        "fromFloat32": {
+            variant: max(found) for variant in ("reference", "ours") if (found := apart(variant, "float32"))
+        },
         "lastLosses": {
             variant: float(np.mean([curve[-WINDOW:] for (kind, _), curve in curves.items() if kind == variant]))
             for variant in ("reference", "ours")

@@ -1,7 +1,8 @@
-"""A training run of one trainer: `python -m bench.curves.worker ours|reference MODEL [--seed 0] [--steps 100]`.
+"""A training run of one trainer: `python -m bench.curves.worker ours|reference|float32 MODEL [--seed 0] [--steps 100]`.
 
 MODEL is a shape of bench.models, with random weights, or a folder with real ones. All runs see the same rows in the
-same order; the seed is that of the adapter's first values. The result is a line of JSON.
+same order; the seed is that of the adapter's first values. float32 is the reference recipe with every number in 32 bit
+but the frozen weights: what the others would compute if nothing were rounded. The result is a line of JSON.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from bench.curves.text import rows
+from bench.curves.verdict import VARIANTS
 from bench.inputs import tokenizer, training_data
 from bench.jobs import plan_of, spec_of
 from bench.models import SHAPES, build
@@ -86,7 +90,7 @@ class Seen:
 def main() -> None:
     """Train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variant", choices=["ours", "reference"])
+    parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100)
@@ -96,7 +100,10 @@ def main() -> None:
     options = parser.parse_args()
     run = Run(options.model, options.steps, options.rows, options.length, options.learning_rate)
     clock = StepClock(1)
-    order = {"ours": _ours, "reference": _reference}[options.variant](run, options.seed, clock)
+    trainers: dict[str, Callable[..., list[int]]] = {
+        "ours": _ours, "reference": _reference, "float32": partial(_reference, exact=True),
+    }  # fmt: skip
+    order = trainers[options.variant](run, options.seed, clock)
     result = {
         "variant": options.variant,
         "seed": options.seed,
@@ -131,11 +138,14 @@ def _base(run: Run, hardware: Hardware, spec: QLoRAJobSpec) -> Any:
     return load_quantized(run.folder, settings_of(spec, Path(tempfile.mkdtemp())), hardware)
 
 
-def _reference(run: Run, seed: int, clock: StepClock) -> list[int]:
+def _reference(run: Run, seed: int, clock: StepClock, *, exact: bool = False) -> list[int]:
     """The recipe of the QLoRA write-ups: prepare_model_for_kbit_training, PEFT, transformers' Trainer."""
     on_gpu = torch.cuda.is_available()
-    model = prepare_model_for_kbit_training(
-        _plain_base(run), use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+    base = plain_base(run, torch.bfloat16 if on_gpu else torch.float32)
+    if exact:
+        compute_in(torch.float32, base)
+    model = prepare_model_for_kbit_training(  # which has all that isn't in 4 bit in float32
+        base, use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
     spec = run.spec()
     training.seed_everything(seed)
@@ -155,7 +165,7 @@ def _reference(run: Run, seed: int, clock: StepClock) -> list[int]:
         weight_decay=spec.training.weight_decay,
         optim=spec.training.optimizer if on_gpu else "adamw_torch",
         max_grad_norm=spec.training.max_grad_norm,
-        bf16=on_gpu,
+        bf16=on_gpu and not exact,
         use_cpu=not on_gpu,
         logging_steps=1,
         save_strategy="no",
@@ -170,9 +180,9 @@ def _reference(run: Run, seed: int, clock: StepClock) -> list[int]:
     return seen.sums
 
 
-def _plain_base(run: Run) -> Any:
+def plain_base(run: Run, dtype: torch.dtype) -> Any:
+    """The quantized model as the write-ups load it, what isn't quantized in `dtype`."""
     on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.manual_seed(0)
     if run.folder is None:
         return build(SHAPES[run.model], device="cuda" if on_gpu else "cpu", dtype=dtype)
@@ -184,6 +194,13 @@ def _plain_base(run: Run) -> Any:
     )
     model.config.use_cache = False
     return model
+
+
+def compute_in(dtype: torch.dtype, model: Any) -> None:
+    """Have the 4-bit layers multiply in this type, with the weights that they have."""
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -40,6 +40,12 @@ def test_without_a_second_seed_there_is_no_noise_to_compare_with() -> None:
         judge([_curve("reference", 0), _curve("ours", 0)])
 
 
+def test_both_are_also_held_against_the_recipe_without_rounding() -> None:
+    exact = [_curve("float32", seed, 0.02) for seed in (0, 1)]
+    found = judge([_curve("reference", 0), _curve("reference", 1, 0.02), _curve("ours", 0, 0.03), *exact])
+    assert found["fromFloat32"] == {"reference": pytest.approx(0.02), "ours": pytest.approx(0.01)}
+
+
 def test_one_bad_batch_is_not_a_distance_but_a_lasting_one_is() -> None:
     base = [3.0] * STEPS
     once, lasting = list(base), [3.0] * (STEPS - 10) + [3.1] * 10
