@@ -1,4 +1,8 @@
-"""The demo's question about every language of ISO 639-3: `python -m bench.quality.data FOLDER` writes the rows."""
+"""Instruction sets as JSON Lines: `python -m bench.quality.data FOLDER [NAME=FILE]...`
+
+languages.jsonl is the demo's question about every language of ISO 639-3. NAME.jsonl are the rows of a FILE in Alpaca's
+form, a JSON list of instruction, input and output, such as gsm8k=gsm_8k_train.json (bench/README.md).
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,23 @@ def rows() -> list[dict[str, str]]:
     ]
 
 
-def write(folder: Path) -> Path:
+def from_alpaca(path: Path) -> list[dict[str, str]]:
+    """Rows of a file in Alpaca's form; an input follows its instruction in a line of its own."""
+    return [
+        {"instruction": "\n".join(filter(None, (row["instruction"], row.get("input")))), "output": row["output"]}
+        for row in json.loads(path.read_text(encoding="utf-8"))
+    ]
+
+
+def write(folder: Path, name: str = "languages", made: list[dict[str, str]] | None = None) -> Path:
     """The rows as a JSON Lines file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "languages.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made or rows()), encoding="utf-8")
     return path
 
 
 if __name__ == "__main__":
     print(write(Path(sys.argv[1])))
+    for name, _, source in (argument.partition("=") for argument in sys.argv[2:]):
+        print(write(Path(sys.argv[1]), name, from_alpaca(Path(source))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from bench.curves.text import rows
 from bench.curves.verdict import distance
 from bench.curves.verdict import verdict as judge
+from bench.quality.data import from_alpaca
 from bench.quality.report import page
 from bench.quality.report import verdict as level
 from bench.recipes.cases import RECIPES
@@ -104,6 +107,12 @@ def test_text_is_cut_into_rows_of_one_length_whose_first_token_is_not_learnt() -
     assert [len(row["input_ids"]) for row in found] == [50] * 3
     assert found[0]["labels"][0] == -100
     assert (found[0]["labels"][1:] == found[0]["input_ids"][1:]).all()
+
+
+def test_rows_in_alpaca_s_form_keep_their_input(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"instruction": "Add.", "input": "1 2", "output": "3"}]), encoding="utf-8")
+    assert from_alpaca(path) == [{"instruction": "Add.\n1 2", "output": "3"}]
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
