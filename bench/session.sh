@@ -47,8 +47,8 @@ measure() {
     recipes) part "$1" "$limit" python -m bench.recipes --missing --out "$results" ;;
     # What --rounds asks for and there is no time for is gone on with by the same command, another day.
     speed) part "$1" "$limit" python -m bench.train --rounds 3 --steps 12 --warmup 4 --limit 120 --out "$results/speed" ;;
-    quality) quality "$1" "$limit" languages --rank 16 64 --steps 200 600 ;;
-    quality-gsm8k) quality "$1" "$limit" gsm8k --rank 16 64 --steps 200 600 --rows 8 --length 512 ;;
+    quality) quality "$1" "$limit" languages --rank 16 64 --steps ${STEPS:-200 400} ;;
+    quality-gsm8k) quality "$1" "$limit" gsm8k --rank 16 64 --steps ${STEPS:-200 400} --rows 8 --length 512 ;;
     curves-real) part "$1" "$limit" python -m bench.curves "$model" --name smollm2-135m --seeds 0 1 --out "$results/speed" ;;
     curves-random) part "$1" "$limit" python -m bench.curves tinyllama-1b --seeds 0 1 --out "$results/speed" ;;
     longest) part "$1" "$limit" python -m bench.train.worker ours 8b-131k --steps 1 --warmup 0 ;;
