@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,10 +85,11 @@ def test_the_newest_checkpoint_is_restored_under_transformers_name(
     assert (folder.name, (folder / "state").read_text()) == ("checkpoint-10", "step 10")
 
 
-def test_what_was_saved_is_told(store: RunStore, tmp_path: Path) -> None:
+def test_what_was_saved_is_told(store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=iter((10.0, 12.5)).__next__)
+    monkeypatch.setattr("qlora_trainer.checkpoints.time", clock)
     saved = CheckpointStore(store, keep=1, warn=print).save(_folder(tmp_path, 7), 7)
-    assert (saved.step, saved.bytes) == (7, len("step 7"))
-    assert saved.seconds > 0
+    assert (saved.step, saved.bytes, saved.seconds) == (7, len("step 7"), 2.5)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(store: RunStore, tmp_path: Path, warnings: list[str]) -> None:

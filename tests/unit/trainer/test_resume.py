@@ -221,7 +221,7 @@ def test_saving_and_validating_on_the_way_changes_nothing(
     assert done.progress is not None
     saved = done.progress.checkpoint
     assert saved is not None
-    assert (saved.step, saved.bytes > 10_000, saved.seconds > 0) == (STEPS, True, True)
+    assert (saved.step, saved.bytes > 10_000) == (STEPS, True)
 
 
 def test_another_seed_gives_another_adapter(
