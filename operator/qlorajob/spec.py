@@ -81,6 +81,8 @@ class ColumnsSpec(SpecModel):
     """Column with the completion (format prompt-completion)."""
     messages: Line | None = None
     """Column with the list of messages (format chat)."""
+    tools: Line | None = None
+    """Column with the optional list of tools that the assistant may call (format chat), for the chat template."""
 
 
 class ValidationSpec(SpecModel):

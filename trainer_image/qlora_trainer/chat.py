@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,6 +15,7 @@ from qlora_trainer.rows import Row
 from qlorajob.errors import Reason, StepError
 
 FIELD = "dataset.columns.messages"
+TOOLS_FIELD = "dataset.columns.tools"
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -26,6 +28,8 @@ ROLES = {
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Message = dict[str, Any]
+Tools = list[dict[str, Any]]
+"""What the assistant may call: JSON schemas of functions, as the chat template takes them."""
 Span = tuple[int, int]
 
 
@@ -40,7 +44,7 @@ def messages_of(row: Row, column: str) -> list[Message]:
 
 def _message(turn: dict[str, Any], name: str, row: Row) -> Message:
     """What else a message holds, such as tool_calls, is for the chat template."""
-    rest = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
+    rest = {key: value for key, value in _filled(turn).items() if key not in ("from", "value")}
     role = turn.get("role") or turn.get("from")
     if role not in tuple(ROLES):  # compared, not looked up: it may be anything
         raise _refused_row(row, f"the role of {name} is {_shown(role)}; it must be one of {', '.join(ROLES)}")
@@ -51,6 +55,28 @@ def _message(turn: dict[str, Any], name: str, row: Row) -> Message:
     if not isinstance(content, str):
         raise _refused_row(row, f"the content of {name} is {type(content).__name__}, not text")
     return rest | {"role": ROLES[role], "content": content}
+
+
+def tools_of(row: Row, column: str | None) -> Tools | None:
+    """The tools of a conversation, a list or that as JSON; None where it has none. Raises StepError."""
+    found = row.values.get(column) if column is not None else None
+    if isinstance(found, str) and found.strip():
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            raise _refused_row(row, f"column {column} is not valid JSON: {error}", TOOLS_FIELD) from None
+    if not found or found != found:  # pandas writes NaN where there is nothing
+        return None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise _refused_row(row, f"column {column} must be a list of tools, or that as JSON", TOOLS_FIELD)
+    return [_filled(tool) for tool in found]
+
+
+def _filled(value: Any) -> Any:
+    """Without the keys that Arrow adds to each record of a column because another record has them."""
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 def _text(content: Any) -> Any:
@@ -72,8 +98,8 @@ def _shown(value: Any) -> str:
     return "missing" if value is None else str(value)[:40]
 
 
-def _refused_row(row: Row, problem: str) -> StepError:
-    return StepError(Reason.DATASET_INVALID, f"dataset: {row.where}: {problem}", field=FIELD)
+def _refused_row(row: Row, problem: str, field: str = FIELD) -> StepError:
+    return StepError(Reason.DATASET_INVALID, f"dataset: {row.where}: {problem}", field=field)
 
 
 PROBE: list[Message] = [
@@ -97,12 +123,12 @@ class ChatRenderer:
         messages = [{"role": "user", "content": question}]
         return self._render(messages, where="a prompt of evaluation.prompts", add_generation_prompt=True)
 
-    def conversation(self, messages: list[Message], where: str) -> tuple[str, list[Span]]:
+    def conversation(self, messages: list[Message], where: str, tools: Tools | None = None) -> tuple[str, list[Span]]:
         """The text of a conversation, and the spans of it that the assistant says, up to the end of each turn."""
         if self._marked_template is not None:
-            return self._marked(messages, where, self._marked_template)
-        text = self._render(messages, where)
-        return text, self._spans_by_prefix(messages, text, where)
+            return self._marked(messages, where, self._marked_template, tools)
+        text = self._render(messages, where, tools=tools)
+        return text, self._spans_by_prefix(messages, text, where, tools)
 
     @cached_property
     def _marked_template(self) -> str | None:
@@ -120,12 +146,15 @@ class ChatRenderer:
             return _trl_version(self._tokenizer)
         return None
 
-    def _marked(self, messages: list[Message], where: str, template: str) -> tuple[str, list[Span]]:
+    def _marked(
+        self, messages: list[Message], where: str, template: str, tools: Tools | None
+    ) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             texts, spans = render_jinja_template(
                 [messages],
+                tools=tools,
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 **self._tokenizer.special_tokens_map,
@@ -134,14 +163,16 @@ class ChatRenderer:
             raise _refused(where, error) from None
         return texts[0], spans[0]
 
-    def _spans_by_prefix(self, messages: list[Message], text: str, where: str) -> list[Span]:
+    def _spans_by_prefix(
+        self, messages: list[Message], text: str, where: str, tools: Tools | None = None
+    ) -> list[Span]:
         """A turn of the assistant is what the text has more than it would have if the turn were still to come."""
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            start = self._start(messages[:number], text, where)
-            upto = self._render(messages[: number + 1], where)
+            start = self._start(messages[:number], text, where, tools)
+            upto = self._render(messages[: number + 1], where, tools=tools)
             if start is None or not text.startswith(upto):
                 problem = (
                     "dataset.format: the model's chat template writes a turn differently when another one follows, so "
@@ -154,13 +185,13 @@ class ChatRenderer:
                 spans.append((start, end))
         return spans
 
-    def _start(self, before: list[Message], text: str, where: str) -> int | None:
+    def _start(self, before: list[Message], text: str, where: str, tools: Tools | None) -> int | None:
         """Where the assistant's turn starts, after its heading; None if `text` doesn't go on from the turns before."""
         if not before:
             return text.index(self._heading) + len(self._heading) if self._heading in text else 0
-        if not text.startswith(self._render(before, where)):
+        if not text.startswith(self._render(before, where, tools=tools)):
             return None
-        asked = self._render(before, where, add_generation_prompt=True)
+        asked = self._render(before, where, tools=tools, add_generation_prompt=True)
         return common_length(asked, text)
 
     @cached_property

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_trainer.chat import ChatRenderer, common_length, messages_of, says_something, tokens_within
+from qlora_trainer.chat import ChatRenderer, common_length, messages_of, says_something, tokens_within, tools_of
 from qlora_trainer.rows import Row
 from qlora_trainer.templates import PromptTemplate
 from qlorajob.errors import Reason, StepError
@@ -28,6 +28,7 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt",),
     "completion": ("completion",),
     "messages": ("messages", "conversations", "conversation"),
+    "tools": ("tools",),
 }
 REQUIRED: dict[Format, tuple[str, ...]] = {
     "chat": ("messages",),
@@ -137,14 +138,15 @@ class Encoder:
             yield (ids, [IGNORED] * start + ids[start:]) if completion.strip() else None
 
     def _conversations(self, rows: Sequence[Row], chat: ChatRenderer) -> Iterable[Encoded | None]:
-        conversations = [messages_of(row, self.columns.names["messages"]) for row in rows]
+        names = self.columns.names
+        conversations = [(messages_of(row, names["messages"]), tools_of(row, names.get("tools"))) for row in rows]
         rendered = [
-            chat.conversation(messages, row.where) if any(map(says_something, messages)) else ("", [])
-            for messages, row in zip(conversations, rows, strict=True)
+            chat.conversation(messages, row.where, tools) if any(map(says_something, messages)) else ("", [])
+            for (messages, tools), row in zip(conversations, rows, strict=True)
         ]
         if not rendered:
             return
-        column = self.columns.names["messages"]
+        column = names["messages"]
         texts = [_whole(text, row, column) for (text, _), row in zip(rendered, rows, strict=True)]
         encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=self._tokenizer.is_fast)
         offsets = encoded.get("offset_mapping") or [None] * len(texts)

@@ -42,7 +42,7 @@ DECISIONS: dict[str, tuple[Any, str]] = {
     "dataset.format": ("chat", RESULT),
     **{
         f"dataset.columns.{part}": ("other", RESULT)
-        for part in ("instruction", "input", "output", "text", "prompt", "completion", "messages")
+        for part in ("instruction", "input", "output", "text", "prompt", "completion", "messages", "tools")
     },
     "dataset.template": ("alpaca-zh", RESULT),
     "dataset.filter": ({"label": "x"}, RESULT),

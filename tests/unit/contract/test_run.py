@@ -152,7 +152,7 @@ def test_the_longest_spec_fits_an_environment_variable() -> None:
             "spec.dataset.template": wide * 4096,
             "spec.dataset.filter": {f"{n:02}" + wide * 126: wide * 256 for n in range(16)},
             "spec.dataset.columns": dict.fromkeys(
-                ("instruction", "input", "output", "text", "prompt", "completion", "messages"), wide * 128
+                ("instruction", "input", "output", "text", "prompt", "completion", "messages", "tools"), wide * 128
             ),
             "spec.dataset.uri": "s3://bucket/" + wide * 1012,
             "spec.dataset.split": wide * 128,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.resources
+import json
 from typing import Any
 
 import pytest
@@ -138,6 +139,42 @@ def test_an_assistant_who_never_says_anything_teaches_nothing(tokenizer: Any, an
 def test_the_call_of_a_tool_is_an_answer_without_words(tokenizer: Any) -> None:
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "code", "arguments": {}}}]}
     assert learnt(tokenizer, [CONVERSATION[1], call]) == "</s>"
+
+
+TOOLS = [{"type": "function", "function": {"name": "code", "parameters": {"language": None, "type": "object"}}}]
+WITH_TOOLS = "{% if tools %}{% for tool in tools %}{{ tool.function | tojson }}</s>{% endfor %}{% endif %}"
+
+
+@pytest.mark.parametrize("template", [None, MARKED, LINES], ids=["its own", "marked", "lines"])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["list", "JSON"])
+def test_the_template_is_told_the_tools_that_may_be_called(tokenizer: Any, tools: Any, template: str | None) -> None:
+    """Without what Arrow fills up a record with. The assistant's words are those that they are without tools."""
+    knows = with_template(tokenizer, WITH_TOOLS + (template or tokenizer.chat_template))
+    spec = DatasetSpec.model_validate({"uri": "s3://bucket/rows.jsonl", "columns": {"tools": "functions"}})
+    encoder = Encoder(knows, spec, Columns.detect(spec, ["messages", "functions"]))
+    (document,) = encoder.encode([Row({"messages": CONVERSATION, "functions": tools}, "line 1")])
+    assert document is not None
+    ids, labels = document
+    assert knows.decode(ids).startswith('{"name": "code", "parameters": {"type": "object"}}</s>')
+    assert knows.decode([label for label in labels if label != IGNORED]) == learnt(knows, CONVERSATION)
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], "[]", float("nan")])
+def test_a_conversation_may_have_no_tools(tokenizer: Any, nothing: Any) -> None:
+    encoder = Encoder(tokenizer, SPEC, Columns.detect(SPEC, ["messages", "tools"]))
+    (document,) = encoder.encode([Row({"messages": CONVERSATION, "tools": nothing}, "line 1")])
+    assert document == encode(tokenizer, CONVERSATION)
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [("[{", "not valid JSON"), ({"name": "code"}, "must be a list of tools"), (["code"], "must be a list of tools")],
+)
+def test_tools_that_cannot_be_read_are_named(tokenizer: Any, tools: Any, words: str) -> None:
+    encoder = Encoder(tokenizer, SPEC, Columns.detect(SPEC, ["messages", "tools"]))
+    with pytest.raises(StepError, match=f"dataset: line 1: column tools .*{words}") as refused:
+        list(encoder.encode([Row({"messages": CONVERSATION, "tools": tools}, "line 1")]))
+    assert (refused.value.reason, refused.value.field) == (Reason.DATASET_INVALID, "dataset.columns.tools")
 
 
 def test_parts_that_are_all_text_are_one_text(tokenizer: Any) -> None:
