@@ -18,9 +18,11 @@ from qlora_vram.optimizers import GRADIENT, optimizer_bytes
 from qlora_vram.workload import Workload
 
 RANK_STEP: Final = 16
-"""Ranks are filled up to a multiple of this (`fast.low_rank`)."""
+"""Ranks are filled up with zeros to a multiple of this, the least a tensor core takes (`fast.linears` takes this number
+from here)."""
 ROW_STEP: Final = 64
-"""Numbers that rows with something beside them are filled up to (`fast.linears`)."""
+"""Rows of operands with something beside them begin at a multiple of so many numbers, a cache line's 128 bytes
+(`fast.linears`, likewise)."""
 LOGIT_BYTES: Final = 256 * 2**20
 """Logits that exist at once (`fast.cross_entropy.CHUNK_BYTES`) …"""
 LOGIT_ROWS: Final = 64

@@ -21,12 +21,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from qlora_trainer.fast.low_rank import RANK_STEP
 from qlora_trainer.fast.nf4 import dequantize, supports
+from qlora_vram.fast import RANK_STEP, ROW_STEP
 
 ADAPTER = "default"
-ROW_STEP = 64
-"""Rows of operands with something beside them begin at a multiple of so many numbers: the 128 bytes of a cache line."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,6 @@ import triton.language as tl
 
 from qlora_trainer.fast.dispatch import uses_kernels
 
-RANK_STEP = 16
-"""Ranks are filled up with zeros to a multiple of this, the least a tensor core takes."""
-
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
