@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 from unittest.mock import patch
 
@@ -24,8 +25,17 @@ def compiling_only() -> Iterator[None]:
 
     When this ends they are all there, for launches of the same kind. Raises what a compilation raised.
     """
-    run = JITFunction.run
-    with ThreadPoolExecutor(min(MOST, usable_cpus())) as pool, _WithLaunchers(pool) as mode:
+    run, parse, parsing = JITFunction.run, JITFunction.parse, Lock()
+
+    def parse_alone(kernel: Any) -> Any:
+        with parsing:  # Python before 3.11.8 loses count where two threads parse at one time (gh-106905)
+            return parse(kernel)
+
+    with (
+        patch.object(JITFunction, "parse", parse_alone),
+        ThreadPoolExecutor(min(MOST, usable_cpus())) as pool,
+        _WithLaunchers(pool) as mode,
+    ):
 
         def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
             token = active_mode.set(mode)  # autograd's threads have contexts of their own
@@ -51,3 +61,9 @@ class _WithLaunchers(AsyncCompileMode):  # type: ignore[misc]
             return kernel
 
         return super().submit(key, compile_both, finalize_fn)
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            active_mode.set(None)  # Triton leaves it on where a compilation failed, and no kernel would run any more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
+from triton.runtime._async_compile import active_mode
 
-from qlora_trainer.fast import dispatch, norm, rope
+from qlora_trainer.fast import compilation, dispatch, norm, rope
 from qlora_trainer.fast.compilation import compiling_only
 
 
@@ -97,3 +99,20 @@ def test_what_fails_beside_the_compiling_is_told_at_the_end(gpu: H100, monkeypat
     monkeypatch.setattr(gpu, "launcher_cls", fail)
     with pytest.raises(RuntimeError, match="C compiler"), compiling_only():
         _launch()
+    assert active_mode.get() is None  # what is launched from now on runs
+
+
+def test_two_kernels_are_not_parsed_at_one_time(gpu: H100, monkeypatch: pytest.MonkeyPatch) -> None:
+    met, usual, two = [], JITFunction.parse, threading.Barrier(2)
+
+    def parse(kernel: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            two.wait(timeout=0.2)  # for another one that is parsed now
+            met.append(kernel.fn.__name__)
+        return usual(kernel)
+
+    monkeypatch.setattr(compilation, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(JITFunction, "parse", parse)
+    with compiling_only():
+        _launch()
+    assert not met
