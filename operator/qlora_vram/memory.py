@@ -177,9 +177,14 @@ def host_bytes(workload: Workload) -> int:
     paged = optimizer_bytes(workload) if workload.optimizer.startswith("paged") else 0
     parked = 0
     if workload.shape.offload:
-        parked = step_of(workload).offloaded * (workload.facts.layers - workload.kept_layers)
+        parked = page_locked(step_of(workload).offloaded) * (workload.facts.layers - workload.kept_layers)
     gathered = 3 * ADAPTER * workload.adapter_parameters  # a checkpoint is put together in memory
     return workload.shape.gpus * (PROCESS_BYTES + parked + paged) + files + gathered
+
+
+def page_locked(size: int) -> int:
+    """Bytes of a page-locked block: torch makes them as large as a power of two (CachingHostAllocator)."""
+    return 1 << (size - 1).bit_length()
 
 
 def disk_bytes(workload: Workload, *, downloads: bool) -> int:

@@ -7,11 +7,14 @@ the one before it is on its way back, so the computation waits for a copy only w
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left, insort
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from qlora_vram.memory import page_locked
 
 
 @dataclass(eq=False)
@@ -19,6 +22,8 @@ class Parked:
     """A tensor in host memory: where it is, and its copy on the device once that is under way."""
 
     host: torch.Tensor
+    buffer: torch.Tensor
+    """The bytes that `host` is a view of, and more."""
     device: torch.device
     below: weakref.ref[Parked] | None
     """The one that was stored before it, and so is wanted after it; None once nobody wants it any more."""
@@ -28,17 +33,22 @@ class Parked:
 
 
 class Garage:
-    """Stores tensors in host memory, each for one backward pass. Host buffers are pinned and used again."""
+    """Stores tensors in host memory, each for one backward pass. Host buffers are pinned and used again.
+
+    A buffer takes any tensor that isn't larger, so there are never more of them than tensors were here at one time,
+    and none is larger than the largest of those needs, whatever shapes come and go.
+    """
 
     def __init__(self) -> None:
-        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        self._free: list[torch.Tensor] = []  # bytes, the smallest first
         self._top: weakref.ref[Parked] | None = None
         self._leaving: list[tuple[torch.Tensor, Any]] = []
         self._streams: dict[torch.device, Any] = {}
 
     def store(self, tensor: torch.Tensor) -> Parked:
         """Copy a tensor out. The caller may drop it at once: it is kept here until the copy is done."""
-        host = self._buffer(tensor)
+        buffer = self._buffer(tensor)
+        host = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         with self._beside(tensor.device):
             host.copy_(tensor, non_blocking=True)
             departed = _event(tensor.device)
@@ -46,7 +56,7 @@ class Garage:
         if len(self._leaving) > 2:
             # Its memory is free once the computation has waited for the copy: two layers later, so it hardly does.
             _wait(self._leaving.pop(0)[1])
-        parked = Parked(host, tensor.device, self._top)
+        parked = Parked(host, buffer, tensor.device, self._top)
         self._top = weakref.ref(parked)
         return parked
 
@@ -62,7 +72,7 @@ class Garage:
         tensor = self._send_for(parked)
         _wait(parked.arrived)
         parked.taken, parked.back = True, None
-        self._free.setdefault((parked.host.shape, parked.host.dtype), []).append(parked.host)
+        insort(self._free, parked.buffer, key=len)
         self._top = parked.below
         following = self._top() if self._top else None
         if following is not None and not following.taken:
@@ -79,10 +89,15 @@ class Garage:
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
         """A host buffer. One that was taken may be written at once: all copies run in one stream, in order."""
-        free = self._free.get((tensor.shape, tensor.dtype))
-        if free:
-            return free.pop()
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        place = bisect_left(self._free, tensor.nbytes, key=len)
+        if place < len(self._free):
+            return self._free.pop(place)
+        size = page_locked(tensor.nbytes)
+        if self._free:
+            self._free.pop()  # the largest, in whose place this one comes
+            if tensor.is_cuda:
+                torch._C._host_emptyCache()  # torch would keep its memory
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=tensor.is_cuda)
 
     def _beside(self, device: torch.device) -> AbstractContextManager[Any]:
         """The stream of the copies, from where the computation is now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from qlora_trainer.fast.checkpointing import checkpoint_layers, decoder_layers
 from qlora_trainer.fast.offload import Garage
+from qlora_vram.memory import page_locked
 from qlorajob.plan import Plan
 from tests.unit.trainer.jobs import Job
 
@@ -92,6 +94,36 @@ def test_tensors_are_taken_in_any_order() -> None:
     garage = Garage()
     parked = [garage.store(torch.full((3,), float(number))) for number in range(4)]
     assert [garage.take(parked[number])[0].item() for number in (3, 1, 0, 2)] == [3, 1, 0, 2]
+
+
+def test_host_memory_is_that_of_the_largest_micro_batch_however_lengths_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, hidden, lengths = 3, 8, [5, 40, 7, 64, 33, 64, 12, 50]
+    held: list[weakref.ref[torch.Tensor]] = []
+    empty = torch.empty
+
+    def noted(*arguments: Any, **options: Any) -> torch.Tensor:
+        made = empty(*arguments, **options)
+        held.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(torch, "empty", noted)
+    garage = Garage()
+    for length in lengths:
+        tensors = [torch.randn(length, hidden) for _ in range(layers)]
+        parked = [garage.store(tensor) for tensor in tensors]
+        for tensor, one in zip(reversed(tensors), reversed(parked), strict=True):
+            assert torch.equal(garage.take(one), tensor)
+        del parked, one
+        assert sum(buffer.nbytes for ref in held if (buffer := ref()) is not None) <= layers * page_locked(
+            4 * 64 * hidden
+        )
+
+
+def test_a_buffer_serves_another_type_and_shape() -> None:
+    garage = Garage()
+    garage.take(garage.store(torch.ones(3, 5)))
+    tensor = torch.arange(12, dtype=torch.bfloat16).view(2, 6).T  # not contiguous
+    assert torch.equal(garage.take(garage.store(tensor)), tensor)
 
 
 def test_a_tensor_is_taken_once() -> None:
