@@ -68,6 +68,12 @@ class Reason(StrEnum):
     INTERNAL_ERROR = "InternalError"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, cut to 500 characters; its name when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:500] if lines else type(error).__name__
+
+
 class StepError(Exception):
     """A step can't go on. Carries what the RunReport and then the Stalled condition say.
 

@@ -20,7 +20,7 @@ from qlora_trainer.settings import Settings, arrange_environment
 from qlora_trainer.signals import Stopped, StopSignal
 from qlora_trainer.tokenizer import trusts_remote_code
 from qlorajob import names
-from qlorajob.errors import ExitCode, Reason, StepError
+from qlorajob.errors import ExitCode, Reason, StepError, first_line
 from qlorajob.run import WARNING_LENGTH, WARNINGS, RunReport, Step
 
 logger = logging.getLogger("qlora_trainer")
@@ -77,7 +77,7 @@ def diagnose(error: BaseException, step: Step) -> StepError:
     if isinstance(error, Stopped):
         return StepError(Reason.INTERRUPTED, f"{step} was asked to stop", code=ExitCode.INTERRUPTED)
     if _is_out_of_memory(error):
-        message = f"{step} ran out of memory: {_first_line(error)}"
+        message = f"{step} ran out of memory: {first_line(error)}"
         return StepError(Reason.OUT_OF_MEMORY, message, code=ExitCode.OUT_OF_MEMORY)
     if full := disk.full(error, os.environ):
         return full
@@ -85,7 +85,7 @@ def diagnose(error: BaseException, step: Step) -> StepError:
         # Not the text: requests and responses in it may carry an access key's id or a signed URL.
         message = f"{step} lost its connection ({type(error).__name__}); it is tried again"
         return StepError(Reason.STORAGE_UNAVAILABLE, message, code=ExitCode.TRANSIENT)
-    message = f"{step} failed unexpectedly: {type(error).__name__}: {_first_line(error)}"
+    message = f"{step} failed unexpectedly: {type(error).__name__}: {first_line(error)}"
     return StepError(Reason.INTERNAL_ERROR, message, code=ExitCode.TRANSIENT)
 
 
@@ -123,11 +123,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _package(error: BaseException) -> str:
     return type(error).__module__.partition(".")[0]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:500] if lines else "no message"
 
 
 if __name__ == "__main__":

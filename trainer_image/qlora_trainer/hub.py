@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.uris import HubRepo
-from qlorajob.errors import ExitCode, Reason, StepError
+from qlorajob.errors import ExitCode, Reason, StepError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +92,6 @@ def _unusable(repo: str, part: HubSplit, error: Exception) -> StepError:
         return StepError(Reason.DATASET_NOT_FOUND, message, field=part.split_field)
     message = f"{part.field}: {repo} can't be loaded: {first_line(error.__cause__ or error)}"
     return StepError(Reason.DATASET_INVALID, message, field=part.field)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says; its name when it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 @contextmanager

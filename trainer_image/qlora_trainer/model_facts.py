@@ -13,7 +13,7 @@ from qlora_trainer.packing import packing_refused
 from qlora_trainer.settings import Settings
 from qlora_trainer.tokenizer import trusts_remote_code
 from qlora_vram.facts import Blueprint, InvalidConfigError, blueprint
-from qlorajob.errors import Reason, StepError
+from qlorajob.errors import Reason, StepError, first_line
 from qlorajob.plan import ModelFacts
 from qlorajob.spec import QLoRAJobSpec
 
@@ -110,7 +110,7 @@ def _load_config(folder: Path, settings: Settings) -> Any:
 
 
 def _unreadable(error: Exception, settings: Settings) -> StepError:
-    message = f"model.uri: the config of {settings.spec.model.uri} can't be read: {_first_line(error)}"
+    message = f"model.uri: the config of {settings.spec.model.uri} can't be read: {first_line(error)}"
     return StepError(Reason.MODEL_INVALID, message, field="model.uri")
 
 
@@ -122,7 +122,7 @@ def _meta_model(config: Any, settings: Settings) -> Outline:
     except (ValueError, ImportError) as error:
         message = (
             f"model.uri: {settings.spec.model.uri} ({config.model_type}) isn't a causal language model: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         )
         raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
 
@@ -173,8 +173,3 @@ def _short_names(layers: Iterable[str]) -> str:
     names = list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
     more = ", …" if len(names) > MAX_NAMES_IN_MESSAGE else ""
     return ", ".join(names[:MAX_NAMES_IN_MESSAGE]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from qlora_trainer.json_stream import BrokenJsonError, JsonStream
-from qlorajob.errors import Reason, StepError
+from qlorajob.errors import Reason, StepError, first_line
 
 PARQUET_BATCH = 1000
 """Rows that are decoded at once."""
@@ -139,7 +139,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row]:
                 yield Row(record, f"{name} row {number}")
     except pyarrow.ArrowException as error:
         if not number:
-            raise _invalid(f"{name} isn't a Parquet file: {str(error).splitlines()[0]}") from None
+            raise _invalid(f"{name} isn't a Parquet file: {first_line(error)}") from None
         raise _invalid(_unreadable(name, number, error)) from None
     except (OverflowError, ValueError) as error:  # a date that Python doesn't have, bytes that aren't text
         raise _invalid(_unreadable(name, number, error)) from None
@@ -151,7 +151,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row]:
 
 def _unreadable(name: str, read: int, error: Exception) -> str:
     """Arrow decodes many rows at once and doesn't say which it was."""
-    return f"{name} can't be read after row {read}: {str(error).splitlines()[0]}; write the file anew"
+    return f"{name} can't be read after row {read}: {first_line(error)}; write the file anew"
 
 
 def _require_different(columns: Sequence[str], name: str) -> None:

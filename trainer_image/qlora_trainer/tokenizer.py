@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.settings import Settings
-from qlorajob.errors import Reason, StepError
+from qlorajob.errors import Reason, StepError, first_line
 
 
 def load_tokenizer(folder: Path, settings: Settings) -> Any:
@@ -20,9 +20,7 @@ def load_tokenizer(folder: Path, settings: Settings) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusts_remote_code(settings))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        message = (
-            f"model.uri: {settings.spec.model.uri} has no usable tokenizer: {str(error).strip().splitlines()[0][:300]}"
-        )
+        message = f"model.uri: {settings.spec.model.uri} has no usable tokenizer: {first_line(error)}"
         raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
     if tokenizer.eos_token is None:
         message = f"model.uri: the tokenizer of {settings.spec.model.uri} has no end-of-text token"

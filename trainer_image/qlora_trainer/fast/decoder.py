@@ -22,6 +22,7 @@ from qlora_trainer.fast.layer import Batch, Layer
 from qlora_trainer.fast.linears import Group, Linear
 from qlora_trainer.fast.offload import Garage
 from qlora_trainer.formats import IGNORED
+from qlorajob.errors import first_line
 from qlorajob.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class FastDecoder:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, TritonError) as error:
-                raise NotCoveredError(f"it fails here: {str(error).splitlines()[0]}") from error
+                raise NotCoveredError(f"it fails here: {first_line(error)}") from error
             with torch.no_grad():
                 logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, :-1].float()
         for parameter in self.parameters:
