@@ -13,8 +13,8 @@ import torch
 from transformers import TrainerCallback
 
 from bench.jobs import plan_of, settings_of, spec_of
-from qlora_trainer import evaluation, training
 from qlora_trainer import model as models
+from qlora_trainer import training
 from qlora_trainer.data import load_data
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.settings import Settings
@@ -86,7 +86,7 @@ class Curve(TrainerCallback):  # type: ignore[misc]
 
     def look(self, step: int) -> None:
         """Validate."""
-        loss = evaluation.mean_loss(self.trainer.model, self.trainer.get_eval_dataloader())
+        loss = self.trainer.validation_loss()
         self.validation.append((step, round(loss, 5)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

@@ -30,13 +30,16 @@ def measuring(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def mean_loss(model: Any, batches: Any) -> float:
-    """Mean loss of a token, over all tokens that count. A mean of batch means would weigh short batches too much."""
+def mean_loss(model: Any, batches: Any, *, fused_head: bool = False) -> float:
+    """Mean loss of a token, over all tokens that count. A mean of batch means would weigh short batches too much.
+
+    TRL's fused head never holds the logits of a whole batch, which would be the peak of all memory.
+    """
     total, tokens = 0.0, 0
     with measuring(model):
         for batch in batches:
             inputs = {key: value.to(model.device) for key, value in model_inputs(batch).items()}
-            loss, count = _summed_loss(model, inputs)
+            loss, count = (_fused_loss if fused_head else _own_loss)(model, inputs)
             total, tokens = total + loss, tokens + count
     return total / max(1, tokens)
 
@@ -66,12 +69,14 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_to
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)  # type: ignore[no-any-return]
 
 
-def _summed_loss(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
+def _fused_loss(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
     """Summed loss of a batch, and how many tokens it is of."""
-    if model.device.type == "cuda":
-        # TRL's fused head never holds the logits of a whole batch, which would be the peak of all memory.
-        output = model(**inputs, fused_lm_head=True)
-        return -float(output.log_probs.double().sum()), int(output.label_mask.sum())
+    output = model(**inputs, fused_lm_head=True)
+    return -float(output.log_probs.double().sum()), int(output.label_mask.sum())
+
+
+def _own_loss(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
+    """The same from the model's logits."""
     labels = inputs.pop("labels")[:, 1:]
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_trainer.quirks import let_falcon_be_quantized
+from qlora_trainer.quirks import let_falcon_be_quantized, tell_output_head
 from qlora_vram.facts import windowed
 from qlorajob.plan import LinearLayers, ModelFacts
 
@@ -35,6 +35,7 @@ class MetaModel:
         let_falcon_be_quantized()
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        tell_output_head(self._model)
         self._config = config
         self._text = config.get_text_config()
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.packing import packing_refused
-from qlora_trainer.quirks import let_falcon_be_quantized
+from qlora_trainer.quirks import let_falcon_be_quantized, tell_output_head
 from qlora_trainer.settings import Settings
 from qlora_trainer.staging import staged_loading
 from qlora_trainer.tokenizer import trusts_remote_code
-from qlorajob.errors import Reason, StepError
+from qlorajob.errors import Reason, StepError, first_line
 from qlorajob.spec import LoraSpec, QuantizationSpec
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
             device_map={"": 0 if hardware.on_gpu else "cpu"},
             trust_remote_code=trusts_remote_code(settings),
         )
+    tell_output_head(model)
     require_quantized_layers(model)
     _keep_cpu_weights_trainable(model)
     model.config.use_cache = False
@@ -90,7 +91,7 @@ def require_numbers(model: Any, step: int) -> None:
 
 def targets_refused(error: ValueError) -> StepError:
     """The error that says to the user that PEFT finds no such layers."""
-    message = f"lora.targetModules: PEFT refuses: {str(error).splitlines()[0]}"
+    message = f"lora.targetModules: PEFT refuses: {first_line(error)}"
     return StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field="lora.targetModules")
 
 

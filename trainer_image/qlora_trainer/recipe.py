@@ -206,7 +206,7 @@ def measure_base(trainer: training.Trainer, ready: Ingredients, journal: Journal
         trainer.model, ready.tokenizer, ready.prompts, spec.evaluation.max_new_tokens
     )
     if ready.data.validation:
-        journal.base_eval_loss = evaluation.mean_loss(trainer.model, trainer.get_eval_dataloader())
+        journal.base_eval_loss = trainer.validation_loss()
 
 
 def show_known(telemetry: Telemetry, journal: Journal) -> None:

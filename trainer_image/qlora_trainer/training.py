@@ -20,6 +20,7 @@ from qlora_trainer.evaluation import mean_loss
 from qlora_trainer.fast.checkpointing import checkpoint_layers
 from qlora_trainer.fast.optimizer import gpu_memory, keep_small_states_resident, let_optimizers_run_ahead
 from qlora_trainer.hardware import Hardware
+from qlora_trainer.head import why_not_fused
 from qlora_trainer.shapes import Shapes
 from qlorajob.plan import Plan
 from qlorajob.spec import QLoRAJobSpec
@@ -66,6 +67,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(**arguments)
         self.tokens_seen = 0
         self.fast: MicroStep | None = None
+        self.fused_head = not self.args.use_cpu  # its kernels need a GPU
         self._plan = plan
         self._reservable = None if self.args.use_cpu or shapes.steady else reservable(plan)
         # TRL rounds the adapter to bfloat16. Its updates are smaller than bfloat16 resolves, and fp16's gradient
@@ -80,6 +82,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             from qlora_trainer.fast.step import start  # needs Triton, which is where GPUs are
 
             self.fast = start(self.model, self._plan, hardware, self.accelerator.backward, shapes)
+
+    def check_head(self) -> str | None:
+        """See whether TRL's fused head knows this model. Returns why it isn't taken, or None."""
+        reason = why_not_fused(self.model)
+        self.fused_head = reason is None
+        return f"the loss holds all of a micro batch's logits at once: {reason}" if reason else None
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """The optimizer. It pages its states only where they are large, or the plan trades time for memory anyway."""
@@ -102,12 +110,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's fused loss, which keeps the logits out of memory; its kernels need a GPU, so transformers' on CPU.
+        """The loss of TRL's fused head, which keeps the logits out of memory, or transformers'.
 
         TRL itself goes on to wait for the batch's entropy and accuracy, which nobody here looks at.
         """
         inputs = {**model_inputs(inputs), "use_cache": False}  # with one, transformers looks for no packed documents
-        if self.args.use_cpu:
+        if not self.fused_head:
             return transformers.Trainer.compute_loss(
                 self, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -137,9 +145,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """The validation loss, for the callbacks. transformers' own is a mean of batch means."""
-        metrics = {"eval_loss": mean_loss(self.model, self.get_eval_dataloader())}
+        metrics = {"eval_loss": self.validation_loss()}
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def validation_loss(self) -> float:
+        """Mean loss of a token of the rows held out."""
+        return mean_loss(self.model, self.get_eval_dataloader(), fused_head=self.fused_head)
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Write none: report.json says more, and a template from the package would be in every checkpoint."""
@@ -186,6 +198,8 @@ def make_trainer(
     trainer.use_fast_path(hardware, shapes)
     if trainer.fast is None:
         hardware.degrade(checkpoint_layers(model, plan))
+        if hardware.on_gpu:
+            hardware.degrade(trainer.check_head())
     return trainer
 
 

@@ -1,6 +1,8 @@
 """The model: one projection for queries, keys and values, few key-value heads, rotation of half of each head, SwiGLU.
 
 Module paths are ChatGLM2's, so that an adapter and the planner's description of the family find what they find there.
+So is what sets its interface apart from transformers' own models: hidden states leave the body token by token, not row
+by row, nobody is told where the output head is, and the forward pass takes no other arguments than it knows.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_chatglm import ChatGLMConfig
 
@@ -105,6 +107,25 @@ class ChatGLMModel(nn.Module):
         self.encoder = GLMTransformer(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
 
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [tokens, rows, width]."""
+        hidden = self.embedding.word_embeddings(input_ids)
+        seen, tokens = past_key_values.get_seq_length() if past_key_values is not None else 0, input_ids.shape[1]
+        order = torch.arange(seen + tokens, device=hidden.device)
+        positions = order[None, seen:] if position_ids is None else position_ids
+        mask = (order[None, :] <= order[seen:, None])[None, None]
+        if attention_mask is not None:
+            mask = mask & attention_mask[:, None, None, :].bool()
+        hidden = self.encoder(hidden, positions, mask, past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden.transpose(0, 1), past_key_values=past_key_values)
+
 
 class ChatGLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """What AutoModelForCausalLM makes of the config's auto_map."""
@@ -123,33 +144,30 @@ class ChatGLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type
         """What reads token ids."""
         return self.transformer.embedding.word_embeddings
 
-    def get_output_embeddings(self) -> nn.Module:
-        """What makes logits."""
-        return self.transformer.output_layer
-
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **options: Any,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where there are labels [rows, tokens]."""
-        hidden = self.get_input_embeddings()(input_ids)
-        seen, tokens = past_key_values.get_seq_length() if past_key_values is not None else 0, input_ids.shape[1]
-        order = torch.arange(seen + tokens, device=hidden.device)
-        positions = order[None, seen:] if position_ids is None else position_ids
-        mask = (order[None, :] <= order[seen:, None])[None, None]
-        if attention_mask is not None:
-            mask = mask & attention_mask[:, None, None, :].bool()
-        hidden = self.transformer.encoder(hidden, positions, mask, past_key_values)
-        logits = self.transformer.output_layer(hidden)
+        """Logits [rows, tokens, vocabulary], and the mean loss of the labels [rows, tokens] where there are any."""
+        body = self.transformer(input_ids, attention_mask, position_ids, past_key_values, use_cache)
+        hidden = body.last_hidden_state
+        logits = self.transformer.output_layer(hidden).transpose(0, 1).contiguous()
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **options)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+            logits = logits.float()
+            shifted = logits[:, :-1].contiguous()
+            loss = functional.cross_entropy(shifted.flatten(0, 1), labels[:, 1:].flatten())
+            logits, loss = logits.to(hidden.dtype), loss.to(hidden.dtype)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=body.past_key_values)
 
 
 def rotate(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
