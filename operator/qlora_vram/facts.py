@@ -112,6 +112,7 @@ class Blueprint:
             head_size=values["head"],
             vocabulary=vocabulary,
             windowed=values["windowed"],
+            whole_logits=family.whole_logits,
             weight_bytes=weight_bytes,
         )
 

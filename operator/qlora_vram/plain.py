@@ -29,6 +29,9 @@ LOSS_TOKENS: Final = 4096
 """TRL's `TOKEN_CHUNK_SIZE`: tokens whose logits exist at once …"""
 LOSS_COLUMNS: Final = 32768
 """… and its `_CHUNKED_LOGPROB_CHUNK_SIZE`: how many of each, whatever the vocabulary is."""
+WHOLE_LOGITS: Final = 14
+"""Bytes of a logit where a model's own code makes them all: in 16 bit, in float32, as its loss keeps them, their
+gradient."""
 VISITED_EXPERTS: Final = 8
 """No usual mixture sends a token to more experts; each visit has an input and a result of its own."""
 GELU_COPIES: Final = {"gpt2": 4, "gptj": 4, "phi": 4, "codegen": 4}
@@ -230,8 +233,11 @@ class PlainStep:
 
     @cached_property
     def in_loss(self) -> tuple[Moment, ...]:
-        """TRL's fused head, forward and backward, and the last norm."""
+        """TRL's fused head, or the model's own, forward and backward, and the last norm."""
         hidden, tokens, size = self._layer.hidden, self.workload.tokens, self.workload.compute_bytes
+        if self.workload.facts.whole_logits:
+            logits = self._size(WHOLE_LOGITS * self.workload.facts.vocabulary)
+            return (Moment(working=self._size((4 + self._wide) * hidden), loss=logits),)
         tile = min(tokens, LOSS_TOKENS) * LOSS_COLUMNS * (2 if self.workload.autocast else size)
         norm, selected = self._size(4 * hidden), self._size(self._wide * hidden)
         copies = self._rounded_adapter * self.workload.shape.checkpointed_layers  # autocast drops them after forward

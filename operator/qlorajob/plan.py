@@ -61,6 +61,8 @@ class ModelFacts(ContractModel):
     """Rows of the output head."""
     windowed: bool = False
     """Tokens look back only so far, in the families where that decides on the trainer's path (Mistral, Qwen2)."""
+    whole_logits: bool = False
+    """The loss is made from all of a micro batch's logits at once: the model's code doesn't let body and head apart."""
     weight_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes of the weight files, that is of the download."""
 

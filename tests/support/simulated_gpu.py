@@ -30,6 +30,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from qlora_trainer.quirks import tell_output_head
+
 aten = torch.ops.aten
 ALLOCATION = 512
 """CUDA's caching allocator rounds up to this."""
@@ -48,6 +50,8 @@ class Run:
     checkpointing: bool = False
     rank: int = 16
     targets: str | list[str] = "all-linear"
+    fused_head: bool = True
+    """The loss by TRL's fused head; else from all logits, by the model itself."""
     precision: torch.dtype = torch.bfloat16
     """What autocast computes in. Weights are dequantized to bfloat16."""
 
@@ -175,12 +179,16 @@ def _forward(model: Any, inputs: dict[str, Any], run: Run, ledger: Ledger) -> tu
     """The loss, and what lives then beside the inputs."""
     ledger.peak = ledger.live
     with torch.autocast("cpu", dtype=run.precision):
-        loss = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
+        if run.fused_head:
+            loss = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
+        else:
+            loss = model(**inputs, use_cache=False).loss
     return loss, ledger.live - sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
 
 
 def _model(run: Run) -> Any:
     model = AutoModelForCausalLM.from_config(run.config, dtype=torch.bfloat16)
+    tell_output_head(model)
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -233,6 +233,7 @@ CHATGLM = Family(  # ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B; ChatGLM-6B's config 
     head="transformer.output_layer",
     lora_default=FUSED,
     remote_code=True,
+    whole_logits=True,  # hidden states are token by token, not row by row
     needs=("padded_vocab_size",),
     refuses=("pre_seq_len",),
     complete=_chatglm,

@@ -98,6 +98,8 @@ class Family:
     """PEFT's default targets; none where PEFT has none."""
     remote_code: bool = False
     """Comes with Python code of its own: transformers has no class for it."""
+    whole_logits: bool = False
+    """The loss is made from all logits at once, since TRL's fused head doesn't know what the body returns."""
     packs: bool = True
     """Documents in one row don't see each other: transformers tells them apart by their positions."""
     needs: tuple[str, ...] = ()

@@ -10,7 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GlmConfig, GPTJConfig, GPTNeoXConfig, LlamaConfig, Phi3Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GlmConfig,
+    GPTJConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 
 from qlora_vram.calibration import Calibration, shipped
 from qlora_vram.facts import model_facts
@@ -33,6 +41,8 @@ from qlora_vram.workload import Shape, Workload
 from qlora_vram.workload import workload as workload_of
 from qlorajob.plan import LinearLayers, ModelFacts
 from tests.support import models
+from tests.support.chatglm.configuration_chatglm import ChatGLMConfig
+from tests.support.chatglm.modeling_chatglm import ChatGLMForConditionalGeneration
 from tests.support.simulated_gpu import Run, count, count_kept
 from tests.unit.vram.workloads import FACTS, llama, spec, workload
 
@@ -142,6 +152,21 @@ def test_the_peak_without_checkpointing_is_the_counted_one(family: str) -> None:
     loss = 3 * step.kept + max(moment.total for moment in step.in_loss)
     backward = 2 * step.kept + max(moment.total for moment in step.in_layer)
     assert 0.97 <= max(loss, backward) / count(run).peak <= 1.07
+
+
+def test_a_loss_from_all_logits_at_once_takes_what_is_counted() -> None:
+    """As of ChatGLM2, whose code TRL's fused head can't take apart: there the loss is the peak."""
+    AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+    config = ChatGLMConfig(
+        hidden_size=1024, ffn_hidden_size=2048, num_attention_heads=8, kv_channels=128, multi_query_attention=False,
+        multi_query_group_num=8, padded_vocab_size=65024,
+    )  # fmt: skip
+    run = Run(config, checkpointing=True, fused_head=False)
+    work = predicted(run)
+    step = step_of(work)
+    assert peak(work, NOTHING_BESIDE).phase == "loss"
+    moments = max(moment.total for moment in (*step.in_layer, *step.in_loss))
+    assert 0.97 <= (step.checkpoint * config.num_layers + moments) / count(run).peak <= 1.07
 
 
 RECAST = {"precision": torch.float16}
