@@ -20,6 +20,7 @@ from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
 from qlora_trainer.data import TrainingData, load_data
+from qlora_trainer.fitting import fitted
 from qlora_trainer.hardware import Hardware, peak_memory
 from qlora_trainer.journal import Journal
 from qlora_trainer.metrics import Telemetry
@@ -56,7 +57,9 @@ def train_adapter(
     """Do the whole run, or the rest of it."""
     spec, outcome = context.spec, context.outcome
     logs.tame_libraries()
-    ready = load(context, plan, clock)
+    hardware = Hardware.choose(spec, plan)
+    plan = fitted(plan, spec, context.settings.prepared.facts, hardware)
+    ready = load(context, plan, hardware, clock)
 
     checkpoints = CheckpointStore(store, keep=spec.training.save_total_limit, warn=outcome.warn)
     checkpoints.sweep()
@@ -134,10 +137,9 @@ def train_adapter(
     return manifest
 
 
-def load(context: Context, plan: Plan, clock: Clock) -> Ingredients:
+def load(context: Context, plan: Plan, hardware: Hardware, clock: Clock) -> Ingredients:
     """Model and data onto this machine and into memory."""
     settings, spec = context.settings, context.spec
-    hardware = Hardware.choose(spec, plan)
     folder = open_model(settings, settings.prepared.model_revision).weights_folder()
     tokenizer = load_tokenizer(folder, settings)
     clock.lap("download")
