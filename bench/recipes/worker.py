@@ -1,4 +1,4 @@
-"""One recipe in a process of its own: `python -m bench.recipes.worker RECIPE [--full] [--steps N] [--tiny]`.
+"""One recipe in a process of its own: `python -m bench.recipes.worker RECIPE [OPTIONS]`.
 
 The last line of the output is the result as JSON.
 """
@@ -21,6 +21,7 @@ from bench.models import build
 from bench.recipes.cases import RECIPES, TINY, Recipe
 from bench.recipes.predictions import plan_on_gpu
 from bench.train.clock import StepClock
+from bench.train.profile import components
 from qlora_trainer import training
 from qlora_trainer.hardware import Hardware, peak_memory
 from qlora_trainer.model import add_adapter
@@ -35,11 +36,13 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every row as long as maxSequenceLength")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, on a CPU too")
+    parser.add_argument("--profile", action="store_true", help="a micro batch by component too")
     options = parser.parse_args()
-    print(json.dumps(measure(RECIPES[options.recipe], options.steps, full=options.full, tiny=options.tiny)))
+    recipe = RECIPES[options.recipe]
+    print(json.dumps(measure(recipe, options.steps, full=options.full, tiny=options.tiny, profiled=options.profile)))
 
 
-def measure(recipe: Recipe, steps: int, *, full: bool, tiny: bool) -> dict[str, Any]:
+def measure(recipe: Recipe, steps: int, *, full: bool, tiny: bool, profiled: bool = False) -> dict[str, Any]:
     """Train with random weights of the recipe's shape. Sizes are in bytes; the step is the median after the first."""
     began = time.monotonic()
     spec = recipe.spec(steps)
@@ -95,6 +98,7 @@ def measure(recipe: Recipe, steps: int, *, full: bool, tiny: bool) -> dict[str, 
         "losses": [round(loss, 4) for loss in clock.losses],
         "seconds": round(time.monotonic() - began, 1),
         "gpu": torch.cuda.get_device_name() if hardware.on_gpu else "CPU",
+        **({"profile": components(trainer)} if profiled else {}),
     }
 
 
