@@ -15,7 +15,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One setting. `checkpointing`, `layers` and `offload` are the plan of this project's trainer."""
+    """One setting. `checkpointing`, `layers`, `offload` and `cached` are the plan of this project's trainer."""
 
     name: str
     shape: str
@@ -29,6 +29,8 @@ class Case:
     checkpointing: str = "full"
     layers: int = 0
     offload: bool = False
+    cached: bool = False
+    """Weights are there in 16 bit too."""
     mean_length: int = 0
     """Rows of log-normal lengths with this mean, cut at `length`; 0: all of `length`."""
 
@@ -52,7 +54,7 @@ _REAL = Case("8b-real", "llama-3-8b", 4, 2048, mean_length=250)
 
 
 def _auto(case: Case) -> Case:
-    return replace(case, name=f"{case.name}-auto", checkpointing="none")
+    return replace(case, name=f"{case.name}-auto", checkpointing="none", cached=True)
 
 
 def _offloaded(case: Case) -> Case:
@@ -71,7 +73,8 @@ CASES = {
         Case("tiny", "tiny", 2, 128, dropout=0.05), Case("tiny-real", "tiny-qwen2", 2, 256, mean_length=40),
     )
 }  # fmt: skip
-"""By name. An `-auto` case is what a plan for 80 GB says: no checkpointing. Cases of a family share their baselines."""
+"""By name. An `-auto` case is what a plan for 80 GB says: no checkpointing, weights in 16 bit too. Cases of a family
+share their baselines."""
 
 
 def baseline(case: Case) -> Case:

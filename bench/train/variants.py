@@ -37,6 +37,7 @@ def _ours(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
         checkpointing=case.checkpointing,
         checkpointed_layers=case.layers,
         offload_checkpoints=case.offload,
+        cache_weights=case.cached,
     )
     hardware = Hardware.choose(spec, plan)
     model = _model(case)

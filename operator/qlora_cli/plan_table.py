@@ -25,6 +25,7 @@ NAMES = {
     "activations": "kept activations",
     "layer": "one layer at work",
     "loss": "loss",
+    "weightCache": "their cache in 16 bit",
     "dequantization": "dequantization",
     "mask": "attention mask",
     "communication": "communication",
@@ -93,7 +94,8 @@ def _classes(classes: tuple[ClassAnswer, ...], chosen: Plan | None) -> list[Rend
 def _how(cut: Workload) -> str:
     again = cut.facts.layers - cut.kept_layers
     recomputed = f", {again} of {cut.facts.layers} layers again" if again else ""
-    return f"{cut.shape.rows} × {cut.accumulation}{recomputed}{', from the host' if cut.shape.offload else ''}"
+    where = ", from the host" if cut.shape.offload else ""
+    return f"{cut.shape.rows} × {cut.accumulation}{recomputed}{where}{', weights cached' if cut.shape.cached else ''}"
 
 
 def _settings(plan: Plan) -> Table:

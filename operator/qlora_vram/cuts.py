@@ -1,4 +1,4 @@
-"""How a run can be cut to a class of GPU: micro batch, checkpointing, offloading. And which cut is fastest there."""
+"""How a run can be cut to a class of GPU: micro batch, checkpointing, offloading, a cache. And which cut is fastest."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ MAX_AUTO_ROWS: Final = 64
 """More rows at once hardly train faster."""
 AS_FAST: Final = 0.98
 """Speeds that differ by less are equal, as far as predictions go: the cut with the most room is taken."""
+CACHE_ROOM: Final = 0.9
+"""Share of the usable memory that weights in 16 bit may fill up: they are for what is free, and must end no run."""
 
 
 def several_gpus() -> bool:
@@ -109,7 +111,19 @@ class Cutter:
         return measured or tokens_per_second(cut, self.option.gpu)
 
     def fastest(self) -> Workload | None:
-        """The cut with the best predicted speed of those that fit. Checkpoints leave the GPU only if they must."""
+        """The cut with the best predicted speed of those that fit, with what memory it leaves free put to use."""
+        cut = self._fastest_without_cache()
+        return cut and self._cached(cut)
+
+    def _cached(self, cut: Workload) -> Workload:
+        """`cut` with its weights in 16 bit too, where there is room for them and that gains enough."""
+        cached = self.recut(cut, cached=True)
+        gains = tokens_per_second(cut, self.option.gpu) < AS_FAST * tokens_per_second(cached, self.option.gpu)
+        fits = self.predicted(cached) <= CACHE_ROOM * self.usable
+        return cached if cut.engine == "fast" and gains and fits else cut
+
+    def _fastest_without_cache(self) -> Workload | None:
+        """Checkpoints leave the GPU only if they must."""
         cuts = list(self._fitting(offload=False)) or list(self._fitting(offload=True))
         speeds = [(tokens_per_second(cut, self.option.gpu), cut) for cut in cuts]
         if not speeds:
@@ -171,7 +185,7 @@ class Cutter:
     def planned(self, plan: Plan) -> Workload:
         """The cut that `plan` is for."""
         checkpointed = {"none": 0, "partial": plan.checkpointed_layers, "full": self.facts.layers}[plan.checkpointing]
-        return self.cut(Shape(plan.micro_batch_size, checkpointed, plan.offload_checkpoints))
+        return self.cut(Shape(plan.micro_batch_size, checkpointed, plan.offload_checkpoints, cached=plan.cache_weights))
 
     def recut(self, cut: Workload, **changes: int) -> Workload:
         """A cut with another shape, at the same global batch."""

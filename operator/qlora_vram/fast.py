@@ -69,19 +69,22 @@ class FastStep:
 
     @property
     def standing(self) -> dict[str, int]:
-        """The buffer of the largest group's weight; and the adapters in the compute type, filled up with zeros."""
+        """All weights, or a buffer for the largest group's; the adapters in the compute type, filled up with zeros."""
         size, layers = self.workload.compute_bytes, max(1, self.workload.facts.layers)
         groups = by_role(self.workload.facts.linears, self.workload.facts)
-        buffer = copies = 0
+        largest = copies = weights = 0
         for name in GROUPS:
             inputs = max((linear.inputs for linear in groups[name]), default=0)
             outputs = sum(linear.outputs * linear.count for linear in groups[name]) // layers
-            buffer = max(buffer, (inputs + self._room(name, inputs)) * outputs)
+            weight = (inputs + self._room(name, inputs)) * outputs
+            largest, weights = max(largest, weight), weights + weight * layers
             copies += self._ranks[name] * (inputs + outputs) * layers
         beside = SECOND_STREAM_BYTES if self.graphs or self.workload.shape.offload else 0
+        dequantized = (
+            {"weightCache": size * weights} if self.workload.shape.cached else {"dequantization": size * largest}
+        )
         return {
-            "dequantization": size * buffer, "adapter": size * copies, "slack": self._between_what_stays,
-            "context": beside,
+            **dequantized, "adapter": size * copies, "slack": self._between_what_stays, "context": beside,
         }  # fmt: skip
 
     @property

@@ -2,10 +2,10 @@
 
 A *job* here is everything that memory follows from and a planner doesn't choose: model, adapter, quantization,
 optimizer, packing, engine, compute type, GPUs, their class, and the trainer's image. Its *cuts* have an order: fewer
-rows, shorter rows, a lower rank, more checkpointed layers and checkpoints in host memory never take more. So one
-measured cut bounds the others: none below it is expected to take more, and none above it less. What is expected is
-therefore monotone in the cut, as the prediction is, and a planner can't flee from a bad measurement to a cut that is
-larger but was never measured.
+rows, shorter rows, a lower rank, more checkpointed layers, checkpoints in host memory and no cache of weights never
+take more. So one measured cut bounds the others: none below it is expected to take more, and none above it less. What
+is expected is therefore monotone in the cut, as the prediction is, and a planner can't flee from a bad measurement to a
+cut that is larger but was never measured.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ CHOSEN: Final = frozenset({"facts", "shape", "length", "rank", "accumulation"})
 """Fields of a workload that don't make the job; the model's are taken apart, and accumulation takes no memory."""
 
 
+Cut = tuple[int, int, int, int, bool, bool]
+"""Rows, length, rank, −checkpointed layers, not offloaded, weights cached."""
+
+
 class Observation(ContractModel):
     """One run that has ended."""
 
@@ -58,6 +62,8 @@ class Observation(ContractModel):
     """Layers that computed their forward pass again."""
     offload: bool = False
     """Their inputs waited in host memory."""
+    cached: bool = False
+    """The weights were there in 16 bit too."""
     gpu_class: str
     """Name of the class."""
     trainer: str
@@ -81,9 +87,9 @@ class Observation(ContractModel):
         return digest([self.job, *self.cut])[:16]
 
     @property
-    def cut(self) -> tuple[int, int, int, int, bool]:
+    def cut(self) -> Cut:
         """In the order in which memory grows: each number with the others fixed."""
-        return (self.rows, self.length, self.rank, -self.checkpointed_layers, not self.offload)
+        return (self.rows, self.length, self.rank, -self.checkpointed_layers, not self.offload, self.cached)
 
     def to_json(self) -> str:
         """As it is stored."""
@@ -188,7 +194,7 @@ def observe(
     at: datetime,
 ) -> Observation:
     """The observation of a run of `workload` on `gpu`; `predicted` is the memory model's own, uncorrected."""
-    rows, length, rank, minus_checkpointed, _ = _cut(workload)
+    rows, length, rank, minus_checkpointed, _, cached = _cut(workload)
     return Observation(
         job=job_of(workload, gpu.name, trainer),
         rows=rows,
@@ -196,6 +202,7 @@ def observe(
         rank=rank,
         checkpointed_layers=-minus_checkpointed,
         offload=workload.shape.offload,
+        cached=cached,
         gpu_class=gpu.name,
         trainer=trainer,
         peak_bytes=peak_bytes,
@@ -259,11 +266,12 @@ def _facts(facts: ModelFacts) -> str:
     return digest(facts.model_dump(mode="json", exclude={"weight_bytes"}))
 
 
-def _cut(workload: Workload) -> tuple[int, int, int, int, bool]:
+def _cut(workload: Workload) -> Cut:
     """As `Observation.cut`."""
     shape = workload.shape
     checkpointed = workload.facts.layers - workload.kept_layers
-    return (shape.rows, workload.tokens // shape.rows, workload.rank, -checkpointed, not shape.offload)
+    length = workload.tokens // shape.rows
+    return (shape.rows, length, workload.rank, -checkpointed, not shape.offload, shape.cached)
 
 
 def _within(one: tuple[int, ...], other: tuple[int, ...]) -> bool:

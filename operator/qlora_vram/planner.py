@@ -113,6 +113,7 @@ def as_plan(
         checkpointing="none" if not cut.shape.checkpointed_layers else "full" if again == layers else "partial",
         checkpointed_layers=cut.shape.checkpointed_layers,
         offload_checkpoints=cut.shape.offload,
+        cache_weights=cut.shape.cached,
         strategy=option.strategy,
         predicted_tokens_per_second=rounded(cutter.speed(cut)),
         bf16=option.gpu.bf16,
@@ -124,11 +125,11 @@ def as_plan(
 def _why(spec: QLoRAJobSpec, cut: Workload, option: Option, cutter: Cutter) -> str:
     gpu = option.gpu.name if option.gpus == 1 else f"{option.gpus} × {option.gpu.name}"
     chosen = "is the cheapest class that holds the job" if spec.resources.gpu_class == "auto" else "holds that"
-    speed = rounded(cutter.speed(cut))
+    rows = words.rows(cut.shape.rows, cut.length)
     return (
-        f"{words.count(cut.facts.parameters)} parameters in 4 bit with {words.rows(cut.shape.rows, cut.length)} "
-        f"{words.checkpointing(cut)} take about {words.gigabytes(cutter.predicted(cut))} and train about "
-        f"{speed:,.0f} tokens/s: {gpu} ({words.gigabytes(cutter.usable)} usable) {chosen}"
+        f"{words.count(cut.facts.parameters)} parameters in 4 bit with {rows} {words.checkpointing(cut)}"
+        f"{words.cache(cut.shape)} take about {words.gigabytes(cutter.predicted(cut))} and train about "
+        f"{rounded(cutter.speed(cut)):,.0f} tokens/s: {gpu} ({words.gigabytes(cutter.usable)} usable) {chosen}"
     )
 
 

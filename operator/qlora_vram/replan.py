@@ -1,8 +1,9 @@
 """After a run was out of GPU memory: the next plan for it, with the same result and less memory. Pure.
 
-A ladder, one rung at a time: half the micro batch (at twice the accumulation), then checkpointing of every layer, then
-checkpoints in host memory, then the next bigger class. What the user fixed stays. Each rung predicts strictly less
-memory than the one before or stands on a class that holds strictly more, so that the ladder ends and repeats nothing.
+A ladder, one rung at a time: no cache of weights in 16 bit, half the micro batch (at twice the accumulation), then
+checkpointing of every layer, then checkpoints in host memory, then the next bigger class. What the user fixed stays.
+Each rung predicts strictly less memory than the one before or stands on a class that holds strictly more, so that the
+ladder ends and repeats nothing.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ def replan(
 def _smaller(cutter: Cutter, cut: Workload) -> Iterator[tuple[str, Workload]]:
     """The rungs on the same class, by what they change."""
     shape = cut.shape
+    if shape.cached:
+        cut = cutter.recut(cut, cached=False)
+        yield "all weights in 4 bit only", cut
     fewer = [rows for rows in cutter.rows() if rows <= shape.rows // 2]
     if fewer:
         yield f"a micro batch of {max(fewer)}", cutter.recut(cut, rows=max(fewer))

@@ -50,7 +50,8 @@ def micro_batch_seconds(workload: Workload, gpu: GpuClass) -> float:
     bandwidth = BANDWIDTH_SHARE * 1e9 * (gpu.bandwidth_gbs or UNKNOWN_BANDWIDTH)
     products = flops(workload) / (PRODUCT_SHARE * 1e12 * tflops)
     moved = _passes(workload) * workload.facts.layers * TRAFFIC[workload.engine] * step_of(workload).kept
-    dequantized = _passes(workload, backward=1) * DEQUANTIZATION_BYTES * workload.facts.quantized_parameters
+    weights = 0 if workload.shape.cached else workload.facts.quantized_parameters
+    dequantized = _passes(workload, backward=1) * DEQUANTIZATION_BYTES * weights
     launches = _passes(workload) * workload.facts.layers * _launch_seconds(workload)
     return max(products + (moved + dequantized) / bandwidth, launches, _copies(workload))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from qlora_vram.gpus import GIB
-from qlora_vram.workload import Workload
+from qlora_vram.workload import Shape, Workload
 
 
 def gigabytes(size: int) -> str:
@@ -36,3 +36,8 @@ def checkpointing(workload: Workload) -> str:
         return "without checkpointing"
     where = " (checkpoints in host memory)" if workload.shape.offload else ""
     return f"with checkpointing{where}" if again == layers else f"with {again} of {layers} layers checkpointed{where}"
+
+
+def cache(shape: Shape) -> str:
+    """Whether weights are there twice, to be added to that clause."""
+    return ", weights in 16 bit too," if shape.cached else ""

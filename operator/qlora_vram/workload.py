@@ -37,6 +37,8 @@ class Shape:
     """Their inputs wait in host memory."""
     gpus: int = 1
     strategy: Strategy = "single"
+    cached: bool = False
+    """The quantized weights are there in 16 bit too: only the fast engine's."""
 
 
 @dataclass(frozen=True, slots=True)

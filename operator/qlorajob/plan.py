@@ -106,6 +106,8 @@ class Plan(ContractModel):
     """How many layers, from the first, compute their forward pass again instead of keeping its results."""
     offload_checkpoints: bool = False
     """Checkpoints wait in host memory."""
+    cache_weights: bool = False
+    """The quantized weights are there in 16 bit too, so that no step dequantizes them."""
     strategy: Literal["single", "ddp", "fsdp"] = "single"
     """How several GPUs share the work: none do, each holds the whole model, or each holds a part."""
     predicted_tokens_per_second: Annotated[float, Field(ge=0)] = 0

@@ -24,7 +24,7 @@ MODEL = Shape("llama", 2048, 5632, 8, 16, 16, 32_000)
 ROWS, LENGTH, STEPS = 16, 1024, 12
 SAVED, SHORT_AFTER = 4, 6
 """A checkpoint every 4 steps; less memory after step 6."""
-RUNGS = 4
+RUNGS = 5
 """More re-plans than that would be a ladder without an end."""
 LIMITED = str(Path(__file__).with_name("short_of_memory.py"))
 GPU = next(gpu for gpu in SHIPPED if gpu.name == "H100")

@@ -86,6 +86,37 @@ def test_easy_is_without_checkpointing() -> None:
     assert planned(on("RTX-4090", 2048, microBatchSize=2), LLAMA_7B).checkpointing == "none"
 
 
+# Weights in 16 bit too
+
+
+@pytest.mark.parametrize(
+    ("gpu", "facts", "cached"),
+    [
+        pytest.param("H100", LLAMA_7B, True, id="room-for-14-GB-more"),
+        pytest.param("L4", LLAMA_7B, False, id="too-little-room"),
+        pytest.param("H100", LLAMA_70B, False, id="too-large"),
+        pytest.param("Quadro-RTX-8000", LLAMA_7B, False, id="no-fast-path"),
+    ],
+)
+def test_free_memory_spares_dequantization(gpu: str, facts: ModelFacts, cached: bool) -> None:
+    found = planned(on(gpu), facts)
+    assert found.cache_weights is cached
+    assert ("weights in 16 bit too" in found.reason) is cached
+    assert (found.breakdown.get("weightCache", 0) > 2 * 0.95 * facts.quantized_parameters) is cached
+
+
+def test_a_cache_that_gains_nothing_to_speak_of_is_not_made() -> None:
+    """A product of so many tokens takes a hundred times as long as the weight's dequantization."""
+    assert not planned(on("B200", 16384, microBatchSize=4), LLAMA_7B).cache_weights
+
+
+@given(st.integers(8_000, 60_000))
+def test_a_cache_leaves_a_tenth_of_the_memory_free(mib: int) -> None:
+    gpu = GpuClass(name="some", memory_mib=mib, tflops=100, bandwidth_gbs=400)
+    found = planned(on("auto"), classes=[gpu])
+    assert not found.cache_weights or found.predicted_peak_bytes <= 0.9 * usable_bytes(gpu)
+
+
 # Which class
 
 

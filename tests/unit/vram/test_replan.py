@@ -37,20 +37,22 @@ def rungs(job: QLoRAJobSpec, facts: ModelFacts = LLAMA_7B) -> list[Plan]:
 
 
 def shape(found: Plan) -> tuple[Any, ...]:
-    return found.micro_batch_size, found.checkpointing, found.offload_checkpoints, found.gpu_class
+    return found.micro_batch_size, found.checkpointing, found.offload_checkpoints, found.gpu_class, found.cache_weights
 
 
 def test_the_ladder_goes_from_the_micro_batch_to_a_bigger_class() -> None:
-    """Half the rows as long as there are some; then checkpointing; then host memory; then more GPU."""
+    """No cache; half the rows as long as there are some; then checkpointing; then host memory; then more GPU."""
     steps = rungs(spec(resources={"gpuClass": "auto"}, training={"maxSequenceLength": 2048, "microBatchSize": "auto"}))
     first = rungs(spec(resources={"gpuClass": "H100"}, training={"maxSequenceLength": 2048}))
     assert [shape(found)[:3] for found in first] == [
+        (4, "none", False),
         (4, "none", False),
         (2, "none", False),
         (1, "none", False),
         (1, "full", False),
         (1, "full", True),
     ]
+    assert [found.cache_weights for found in first] == [True, *[False] * 5]
     assert len({found.gpu_class for found in steps}) > 3
 
 
@@ -59,7 +61,7 @@ def test_what_the_user_fixed_stays() -> None:
         resources={"gpuClass": "H100"},
         training={"maxSequenceLength": 2048, "microBatchSize": 4, "gradientCheckpointing": False},
     )
-    assert [shape(found) for found in rungs(job)] == [(4, "none", False, "H100")]
+    assert [shape(found)[:4] for found in rungs(job)] == 2 * [(4, "none", False, "H100")]
 
 
 def test_the_end_says_what_would_help() -> None:
@@ -70,8 +72,10 @@ def test_the_end_says_what_would_help() -> None:
 
 
 def test_a_rung_says_what_it_changes() -> None:
-    second = rungs(spec(resources={"gpuClass": "H100"}, training={"maxSequenceLength": 2048}))[1]
-    assert "Out of GPU memory on H100 with 4 rows of 2048 tokens: goes on with a micro batch of 2" in second.reason
+    _, second, third, *_ = rungs(spec(resources={"gpuClass": "H100"}, training={"maxSequenceLength": 2048}))
+    said = "Out of GPU memory on H100 with 4 rows of 2048 tokens: goes on with"
+    assert second.reason.startswith(f"{said} all weights in 4 bit only")
+    assert third.reason.startswith(f"{said} a micro batch of 2")
 
 
 def test_without_a_gpu_there_is_no_ladder() -> None:

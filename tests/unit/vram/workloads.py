@@ -26,7 +26,8 @@ def spec(**sections: dict[str, Any]) -> QLoRAJobSpec:
 def workload(facts: ModelFacts, rows: int = 1, length: int = 512, *, checkpointed: int = -1, **fields: Any) -> Workload:
     """A run with every layer checkpointed (or as many as `checkpointed` says) and an adapter on every linear layer."""
     layers = facts.layers if checkpointed < 0 else checkpointed
-    shape = Shape(rows, layers, fields.pop("offload", False), fields.pop("gpus", 1), fields.pop("strategy", "single"))
+    cut = {name: fields.pop(name) for name in ("offload", "gpus", "strategy", "cached") if name in fields}
+    shape = Shape(rows, layers, **cut)
     return Workload(**({"facts": facts, "shape": shape, "length": length, "targets": facts.linears} | fields))
 
 

@@ -57,7 +57,9 @@ class FastDecoder:
         self.parameters = [parameter for group in groups for parameter in group.parameters]
         _require_only_adapters(model, self.parameters)
         self._copies = [view for group in groups for view in group.copies]
-        size = max(layer.buffer_size for layer in self.layers)
+        for layer in self.layers if plan.cache_weights else ():
+            layer.hold_weights()
+        size = 0 if plan.cache_weights else max(layer.buffer_size for layer in self.layers)
         self._buffer = torch.empty(size, dtype=dtype, device=self._head.device)
         self._garage = Garage() if plan.offload_checkpoints and checkpointed else None
 

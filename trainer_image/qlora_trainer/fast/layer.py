@@ -86,6 +86,11 @@ class Layer:
         gate_up = self.gate_up.outputs * self.gate_up.inputs  # whose updates are added later, by the activation
         return max(gate_up, *(group.outputs * group.row for group in (self.qkv, self.out, self.down)))
 
+    def hold_weights(self) -> None:
+        """Keep all weights in the compute type from here on. Raises torch.OutOfMemoryError."""
+        for group in self.groups:
+            group.hold(roomy=group is not self.gate_up)
+
     @property
     def parameters(self) -> list[Any]:
         """The adapters' parameters."""

@@ -1,8 +1,9 @@
 """Frozen linear layers that share an input, as one; with their LoRA adapters.
 
 q, k and v become one matrix product, gate and up another. The weights are dequantized side by side into a buffer that
-all groups share; the adapters' float32 weights are copied once a step into the compute type: the A matrices one below
-the other, the B matrices as blocks on a diagonal, ranks filled up with zeros to what tensor cores take.
+all groups share; where memory is free, once and for all. The adapters' float32 weights are copied once a step into the
+compute type: the A matrices one below the other, the B matrices as blocks on a diagonal, ranks filled up with zeros to
+what tensor cores take.
 
 An adapter's update is part of the wide product: the input has its product with A beside it, the weight has B. So both
 are added up in float32, and rounded once. A young adapter's update is smaller than what 16 bit resolve of the frozen
@@ -105,6 +106,7 @@ class Group:
         self.a = torch.zeros(self.rank, self.inputs, dtype=dtype, device=weight.device)
         self.b = torch.zeros(self.outputs, self.rank, dtype=dtype, device=weight.device)
         self.bias = self._joined_bias(dtype)
+        self._held: torch.Tensor | None = None
         self.parameters: list[nn.Parameter] = [
             part for linear in linears for part in (linear.a, linear.b) if part is not None
         ]
@@ -130,10 +132,20 @@ class Group:
         return slice(row, row + self.linears[number].shape[0]), slice(column, column + self.ranks[number])
 
     def weight(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The frozen weight [N, K], in the buffer: valid until another group's is asked for."""
+        """The frozen weight [N, K], in the buffer where it isn't held: valid until another group's is asked for."""
+        if self._held is not None:
+            return self._held[:, : self.inputs]
         if len(self.linears) == 1 and self.linears[0].base.weight.dtype == buffer.dtype:
             return self.linears[0].base.weight.data  # type: ignore[no-any-return]
         return self._write(buffer[: self.outputs * self.inputs].view(self.outputs, self.inputs))
+
+    def hold(self, *, roomy: bool) -> None:
+        """Keep the frozen weight in the compute type from here on; `roomy`: with the room that B takes in products.
+
+        Raises torch.OutOfMemoryError.
+        """
+        self._held = self.a.new_empty(self.outputs, self.row if roomy else self.inputs)
+        self._write(self._held[:, : self.inputs])
 
     def with_room(self, like: torch.Tensor) -> torch.Tensor:
         """An input [T, K] with room for its product with A at its right [T, K + R]: not filled. T is that of `like`."""
@@ -163,9 +175,12 @@ class Group:
         return found
 
     def _weight_and_b(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The frozen weight and, at its right, B times the adapter's scale [N, K + R], in the buffer."""
-        whole = buffer[: self.outputs * self.row].view(self.outputs, self.row)[:, : self.inputs + self.rank]
-        self._write(whole[:, : self.inputs])
+        """The frozen weight and, at its right, B times the adapter's scale [N, K + R]: held, or in the buffer."""
+        whole = self._held
+        if whole is None:
+            whole = buffer[: self.outputs * self.row].view(self.outputs, self.row)
+            self._write(whole[:, : self.inputs])
+        whole = whole[:, : self.inputs + self.rank]
         torch.mul(self.b, self.scale, out=whole[:, self.inputs :])
         return whole
 

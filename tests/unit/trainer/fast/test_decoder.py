@@ -26,6 +26,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "partial": {"checkpointing": "partial", "checkpointed_layers": 1},
     "full": {"checkpointing": "full"},
     "offloaded": {"checkpointing": "full", "offload_checkpoints": True},
+    "cached": {"checkpointing": "partial", "checkpointed_layers": 1, "cache_weights": True},
 }
 LENGTH = 24
 SMALL_UPDATE = 5e-4
