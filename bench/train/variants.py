@@ -92,7 +92,11 @@ def _spec(case: Case, steps: int) -> QLoRAJobSpec:
 
 def _model(case: Case) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return build(SHAPES[case.shape], double_quant=case.double_quant, device=device, max_length=case.length)
+    model = build(SHAPES[case.shape], double_quant=case.double_quant, device=device, max_length=case.length)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what building left behind, which loading doesn't
+        torch.cuda.reset_peak_memory_stats()
+    return model
 
 
 def _data(case: Case, steps: int) -> TrainingData:

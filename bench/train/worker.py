@@ -74,7 +74,6 @@ def measure(variant: str, name: str, steps: int, warmup: int, *, profile: bool) 
     found = run(variant, case, steps, clock)
     trainer = found.pop("trainer")
     seconds = clock.median()
-    free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
     result = {
         "variant": variant,
         "case": name,
@@ -84,7 +83,7 @@ def measure(variant: str, name: str, steps: int, warmup: int, *, profile: bool) 
         "tokens_per_second": round(found["tokens"] / seconds, 1),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else 0,
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else 0,
-        "driver_gib": round((total - free) / 2**30, 2),
+        "driver_gib": round(_driver_bytes() / 2**30, 2) if on_gpu else 0,
         "loss": clock.losses[-1] if clock.losses else None,
         "bound_tokens_per_second": round(790e12 / (4 * SHAPES[case.shape].multiplied)),
         "seconds": round(time.monotonic() - began, 1),
@@ -93,6 +92,17 @@ def measure(variant: str, name: str, steps: int, warmup: int, *, profile: bool) 
     if profile:
         result["profile"] = components(trainer)
     return result
+
+
+def _driver_bytes() -> int:
+    """What the driver counts for this process. Those that wait for their turn may have started CUDA already."""
+    import pynvml
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    pynvml.nvmlInit()
+    running = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+    return total - free - sum(each.usedGpuMemory or 0 for each in running if each.pid != os.getpid())
 
 
 if __name__ == "__main__":
