@@ -61,7 +61,7 @@ class ModelSpec(SpecModel):
     token_secret_ref: SecretKeyRef | None = None
     """Access token for a gated or private Hugging Face repository."""
     cache_claim: ObjectName | None = None
-    """PersistentVolumeClaim that keeps downloaded weights, so that no GPU waits for a download."""
+    """PersistentVolumeClaim that keeps downloaded weights and compiled kernels, so that no GPU waits for them."""
 
 
 class ColumnsSpec(SpecModel):

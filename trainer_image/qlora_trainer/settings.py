@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def cache_dir(self) -> Path | None:
-        """The shared volume for downloaded weights, where spec.model.cacheClaim names one and it is mounted."""
+        """The shared volume for weights and kernels, where spec.model.cacheClaim names one and it is mounted."""
         folder = self.mount_root / Path(names.CACHE_DIR).relative_to(names.MOUNT_ROOT)
         return folder if self.spec.model.cache_claim and folder.is_dir() else None
 
@@ -74,16 +74,18 @@ def arrange_environment(env: MutableMapping[str, str], settings: Settings) -> No
     The container's root file system is read-only and its user has no entry in /etc/passwd, which Hugging Face, torch
     and Triton otherwise stumble over. Values that are set already win, so `qlora run` uses the user's own caches.
     """
-    work = settings.work_dir
+    work, cache = settings.work_dir, settings.cache_dir
+    # The next pod needn't compile again. What a kernel was made from, and by which version, is in its file's name.
+    compiled = cache / "compiled" if cache and os.access(cache, os.W_OK) else work
     defaults = {
-        "HF_HOME": str(settings.cache_dir or work / "huggingface"),
+        "HF_HOME": str(cache or work / "huggingface"),
         "HF_DATASETS_CACHE": str(work / "datasets"),
         "HF_MODULES_CACHE": str(work / "modules"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
-        "TRITON_CACHE_DIR": str(work / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+        "TRITON_CACHE_DIR": str(compiled / "triton"),
         "TOKENIZERS_PARALLELISM": "false",
         # Threads that wait for each other sleep instead of spinning: on a node whose cores are shared, spinning made
         # a step cost three to five times the CPU.

@@ -167,6 +167,20 @@ def test_a_mounted_cache_claim_holds_the_weights(job: Job) -> None:
     env: dict[str, str] = {}
     arrange_environment(env, job.change(model={"cacheClaim": "weights"}).settings())
     assert env["HF_HOME"] == str(cache)
+    # The kernels too, so that the next pod starts faster.
+    assert env["TRITON_CACHE_DIR"] == str(cache / "compiled" / "triton")
+    assert env["TORCHINDUCTOR_CACHE_DIR"] == str(cache / "compiled" / "inductor")
+
+
+def test_a_cache_claim_that_is_read_only_still_gives_the_weights(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = job.folder / "mounts" / "cache"
+    cache.mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != cache)  # which root always may
+    env: dict[str, str] = {}
+    settings = job.change(model={"cacheClaim": "weights"}).settings()
+    arrange_environment(env, settings)
+    assert env["HF_HOME"] == str(cache)
+    assert env["TRITON_CACHE_DIR"] == str(settings.work_dir / "triton")
 
 
 def test_at_least_one_cpu_is_usable() -> None:
