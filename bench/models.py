@@ -14,11 +14,11 @@ from typing import Any
 import bitsandbytes
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers import AutoHfQuantizer
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class Shape:
     key_value_heads: int
     vocabulary: int
     rope_theta: float = 10_000.0
+    head_size: int = 0
+    """0: hidden / heads, which no config.json says."""
 
     def config(self, max_length: int) -> Any:
         """transformers' config."""
@@ -49,12 +51,13 @@ class Shape:
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=1,
+            **({"head_dim": self.head_size} if self.head_size else {}),
         )
 
     @property
     def multiplied(self) -> int:
         """Weights that every token is multiplied with: all but the embeddings."""
-        head = self.hidden // self.heads
+        head = self.head_size or self.hidden // self.heads
         attention = self.hidden * head * 2 * (self.heads + self.key_value_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate) + self.hidden * self.vocabulary
 
@@ -65,6 +68,7 @@ SHAPES = {
     "llama-2-70b": Shape("llama", 8192, 28672, 80, 64, 8, 32_000),
     "llama-3-8b": Shape("llama", 4096, 14336, 32, 32, 8, 128_256, 500_000.0),
     "qwen2-7b": Shape("qwen2", 3584, 18944, 28, 28, 4, 152_064, 1_000_000.0),
+    "qwen3-8b": Shape("qwen3", 4096, 12288, 36, 32, 8, 151_936, 1_000_000.0, head_size=128),
     "tinyllama-1b": Shape("llama", 2048, 5632, 22, 32, 4, 32_000),
     "tiny": Shape("llama", 256, 512, 2, 4, 2, 1024),
     "tiny-qwen2": Shape("qwen2", 256, 512, 2, 4, 2, 1024),

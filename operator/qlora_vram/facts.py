@@ -36,7 +36,7 @@ def windowed(config: Mapping[str, Any]) -> bool:
     """Whether tokens look back only so far, in the families where that decides on the trainer's path."""
     if config.get("model_type") == "mistral":
         return bool(config.get("sliding_window", MISTRAL_WINDOW))
-    return config.get("model_type") == "qwen2" and bool(config.get("use_sliding_window"))
+    return config.get("model_type") in ("qwen2", "qwen3") and bool(config.get("use_sliding_window"))
 
 
 def blueprint(config: Mapping[str, Any]) -> Blueprint | None:

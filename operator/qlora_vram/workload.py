@@ -19,8 +19,8 @@ Strategy = Literal["single", "ddp", "fsdp"]
 LENGTH_MULTIPLE: Final = 64
 """On a GPU rows are filled up to a multiple of this: what its matrix units work in, and few different shapes. The
 trainer takes the number from here."""
-FAST_FAMILIES: Final = frozenset({"llama", "mistral", "qwen2"})
-"""Model types that `qlora_trainer.fast.decoder` knows."""
+FAST_FAMILIES: Final = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""Model types that the trainer's fast path covers, and how the names of transformers' classes begin."""
 FAST_CAPABILITY: Final = 8.0
 """Its attention kernels need this compute capability."""
 

@@ -60,7 +60,7 @@ class ModelFacts(ContractModel):
     vocabulary: Annotated[int, Field(ge=0)] = 0
     """Rows of the output head."""
     windowed: bool = False
-    """Tokens look back only so far, in the families where that decides on the trainer's path (Mistral, Qwen2)."""
+    """Tokens look back only so far, in the families where that decides on the trainer's path (Mistral, Qwen)."""
     weight_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes of the weight files, that is of the download."""
 

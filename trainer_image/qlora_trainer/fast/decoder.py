@@ -18,16 +18,15 @@ from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.checkpointing import planned_layers
 from qlora_trainer.fast.compilation import compiling_only
 from qlora_trainer.fast.cross_entropy import NormedHeadLoss
+from qlora_trainer.fast.heads import Heads
 from qlora_trainer.fast.layer import Batch, Layer
 from qlora_trainer.fast.linears import Group, Linear
 from qlora_trainer.fast.offload import Garage
 from qlora_trainer.formats import IGNORED
+from qlora_vram.workload import FAST_FAMILIES
 from qlorajob.plan import Plan
 
 logger = logging.getLogger(__name__)
-
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-"""transformers' model types of this shape, and how their classes' names begin."""
 
 
 class NotCoveredError(Exception):
@@ -134,9 +133,7 @@ def _read_layer(layer: Any, number: int, dtype: torch.dtype, config: Any, *, che
 
     return Layer(
         number=number,
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_size=attention.head_dim,
+        heads=_read_heads(attention, config),
         eps=layer.input_layernorm.variance_epsilon,
         input_norm=layer.input_layernorm.weight.data,
         middle_norm=layer.post_attention_layernorm.weight.data,
@@ -148,6 +145,15 @@ def _read_layer(layer: Any, number: int, dtype: torch.dtype, config: Any, *, che
     )
 
 
+def _read_heads(attention: Any, config: Any) -> Heads:
+    queries, keys, size = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    if not hasattr(attention, "q_norm"):
+        return Heads(queries, keys, size)
+    norms = ((attention.q_norm, queries), (attention.k_norm, keys))
+    weights = torch.cat([norm.weight.data.expand(count, -1) for norm, count in norms])
+    return Heads(queries, keys, size, weights, attention.q_norm.variance_epsilon)
+
+
 def _read(module: nn.Module) -> Linear:
     linear = Linear.of(module)
     if isinstance(linear, str):
@@ -157,7 +163,7 @@ def _read(module: nn.Module) -> Linear:
 
 def _require_shape(causal: Any) -> None:
     config = causal.config
-    name = FAMILIES.get(config.model_type)
+    name = FAST_FAMILIES.get(config.model_type)
     if (
         name is None
         or type(causal).__name__ != f"{name}ForCausalLM"

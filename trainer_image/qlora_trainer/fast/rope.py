@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half-split layout (Llama, Mistral, Qwen2), from any strides to any strides."""
+"""Rotary position embedding in the half-split layout of all Llama-shaped models, from any strides to any strides."""
 
 from __future__ import annotations
 
