@@ -59,8 +59,9 @@ class ModelFacts(ContractModel):
     """Width of one head."""
     vocabulary: Annotated[int, Field(ge=0)] = 0
     """Rows of the output head."""
-    windowed: bool = False
-    """Tokens look back only so far, in the families where that decides on the trainer's path (Mistral, Qwen)."""
+    regular_length: Annotated[int, Field(ge=0)] | None = None
+    """Rows of at most so many tokens may take the trainer's fast path, in the families that it covers: longer ones meet
+    a sliding window. Null: rows of any length; 0: none, for what else the layers do."""
     weight_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes of the weight files, that is of the download."""
 

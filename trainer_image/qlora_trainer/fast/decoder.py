@@ -23,7 +23,7 @@ from qlora_trainer.fast.layer import Batch, Layer
 from qlora_trainer.fast.linears import Group, Linear
 from qlora_trainer.fast.offload import Garage
 from qlora_trainer.formats import IGNORED
-from qlora_vram.workload import FAST_FAMILIES
+from qlora_vram.coverage import FAST_FAMILIES, irregularity, longest_regular
 from qlorajob.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,11 @@ class NotCoveredError(Exception):
 class FastDecoder:
     """A causal language model of the Llama shape with LoRA adapters. Only those are trained."""
 
-    def __init__(self, model: Any, plan: Plan) -> None:
-        """Raises NotCoveredError where the model isn't of the shape."""
+    def __init__(self, model: Any, plan: Plan, longest: int | None = None) -> None:
+        """For rows of at most `longest` tokens (None: of any length). Raises NotCoveredError."""
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = causal.config
-        _require_shape(causal)
+        _require_shape(causal, longest)
         body = causal.model
         self.model = model
         self._embed, self._rotary, self._norm = body.embed_tokens, body.rotary_emb, body.norm
@@ -161,7 +161,7 @@ def _read(module: nn.Module) -> Linear:
     return linear
 
 
-def _require_shape(causal: Any) -> None:
+def _require_shape(causal: Any, longest: int | None) -> None:
     config = causal.config
     name = FAST_FAMILIES.get(config.model_type)
     if (
@@ -170,16 +170,12 @@ def _require_shape(causal: Any) -> None:
         or not type(causal).__module__.startswith("transformers.")
     ):
         raise NotCoveredError(f"{config.model_type} isn't of the Llama shape")
-    if config.hidden_act not in ("silu", "swish"):
-        raise NotCoveredError(f"the activation is {config.hidden_act}")
-    if causal.model.rotary_emb.rope_type not in ("default", "linear", "llama3", "yarn"):
-        raise NotCoveredError(f"the position embedding {causal.model.rotary_emb.rope_type} depends on the batch")
-    if config.attention_dropout:
-        raise NotCoveredError("attention has dropout")
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()) or (
-        config.model_type == "mistral" and config.sliding_window
-    ):
-        raise NotCoveredError("attention has a sliding window")
+    values = config.to_dict()
+    irregular, regular = irregularity(values), longest_regular(values)
+    if irregular:
+        raise NotCoveredError(irregular)
+    if regular is not None and (longest is None or longest > regular):
+        raise NotCoveredError(f"rows may be longer than {regular} tokens, up to which its attention has no window")
     if causal.lm_head.bias is not None if hasattr(causal.lm_head, "bias") else True:
         raise NotCoveredError("the output head is more than a matrix")
     if len({causal.lm_head.weight.dtype, causal.model.embed_tokens.weight.dtype, causal.model.norm.weight.dtype}) > 1:

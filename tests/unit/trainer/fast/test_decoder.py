@@ -208,9 +208,8 @@ def test_a_backward_pass_runs_once(ids: torch.Tensor) -> None:
     [
         (lambda model: setattr(model.config, "model_type", "gpt_neox"), "isn't of the Llama shape"),
         (lambda model: setattr(model.config, "hidden_act", "gelu"), "activation"),
-        (lambda model: setattr(model.config, "attention_dropout", 0.1), "attention has dropout"),
-        (lambda model: setattr(model.config, "layer_types", ["sliding_attention"]), "sliding window"),
-        (lambda model: setattr(model.model.rotary_emb, "rope_type", "dynamic"), "position embedding"),
+        (lambda model: setattr(model.config, "attention_dropout", 0.1), "have dropout"),
+        (lambda model: setattr(model.config, "rope_parameters", {"rope_type": "dynamic"}), "position embedding"),
         (lambda model: model.lm_head.weight.requires_grad_(), "is trained too"),
         (lambda model: model.model.layers[0].self_attn.q_norm.weight.requires_grad_(), "q_norm.weight is trained too"),
         (lambda model: setattr(model.model.layers[0].mlp, "up_proj", nn.Identity()), "Identity"),
@@ -221,6 +220,15 @@ def test_a_model_that_is_not_covered_is_refused_with_the_reason(change: Any, rea
     change(model.get_base_model())
     with pytest.raises(NotCoveredError, match=reason):
         FastDecoder(model, _plan())
+
+
+def test_a_sliding_window_is_refused_where_rows_may_be_longer() -> None:
+    model = _model("qwen3")
+    model.config.use_sliding_window, model.config.sliding_window = True, 512
+    FastDecoder(model, _plan(), 512)
+    for longest in (513, None):
+        with pytest.raises(NotCoveredError, match="longer than 512 tokens"):
+            FastDecoder(model, _plan(), longest)
 
 
 @pytest.mark.parametrize("family", SHAPES)

@@ -1,0 +1,56 @@
+"""Which models the trainer's fast path (`qlora_trainer.fast`) covers, as far as config.json tells.
+
+The planner and the trainer ask the same functions, with config.json as it was published or as transformers completes
+it: so what is planned for is what is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+FAST_FAMILIES: Final = {
+    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3",
+}  # fmt: skip
+"""Model types that it knows, and how the names of transformers' classes begin."""
+WINDOWS: Final = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
+"""Families whose attention may have a sliding window, and its size where config.json doesn't name it; null is none."""
+SWITCHED: Final = frozenset({"qwen2", "qwen3"})
+"""Of these, those whose window is there only if use_sliding_window says so."""
+STEADY_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary embeddings whose frequencies are the same for rows of any length."""
+DROPOUTS: Final = ("attention_dropout",)
+"""Keys of dropouts beside the adapter's."""
+
+
+def irregularity(config: Mapping[str, Any]) -> str | None:
+    """What the layers of one of these families do that the fast path doesn't, in rows of whatever length."""
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        return f"the activation is {activation}"
+    if any(config.get(key) for key in DROPOUTS):
+        return "the layers have dropout"
+    kind = _rope_type(config)
+    if kind not in STEADY_ROPE:
+        return f"the position embedding {kind} depends on the batch"
+    return None
+
+
+def longest_regular(config: Mapping[str, Any]) -> int | None:
+    """Rows of at most so many tokens take the fast path in one of its families. None: of any length; 0: none do.
+
+    A sliding window changes nothing in rows that aren't longer. For other families the answer is None.
+    """
+    kind = config.get("model_type")
+    if kind not in FAST_FAMILIES:
+        return None
+    if irregularity(config):
+        return 0
+    if kind not in WINDOWS or (kind in SWITCHED and not config.get("use_sliding_window")):
+        return None
+    return config.get("sliding_window", WINDOWS[kind]) or None
+
+
+def _rope_type(config: Mapping[str, Any]) -> str:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return str(rope.get("rope_type", rope.get("type", "default")))
