@@ -61,7 +61,7 @@ class ModelFacts(ContractModel):
     """Rows of the output head."""
     regular_length: Annotated[int, Field(ge=0)] | None = None
     """Rows of at most so many tokens may take the trainer's fast path, in the families that it covers: longer ones meet
-    a sliding window. Null: rows of any length; 0: none, for what else the layers do."""
+    a sliding window, or another rotary embedding. Null: rows of any length; 0: none, for what else the layers do."""
     weight_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes of the weight files, that is of the download."""
 

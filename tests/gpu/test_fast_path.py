@@ -22,7 +22,8 @@ from qlorajob.plan import Plan, Requests
 SMALL = Shape("llama", 512, 1024, 3, 4, 2, 2048)
 SMALL_QWEN2 = Shape("qwen2", 448, 1152, 3, 7, 1, 3000)
 SMALL_QWEN3 = Shape("qwen3", 384, 1024, 3, 8, 2, 3000, head_size=64)
-SMALL_SHAPES = {"llama": SMALL, "qwen2": SMALL_QWEN2, "qwen3": SMALL_QWEN3}
+SMALL_PHI3 = Shape("phi3", 384, 1024, 3, 4, 2, 3000, rotated=0.75)
+SMALL_SHAPES = {"llama": SMALL, "qwen2": SMALL_QWEN2, "qwen3": SMALL_QWEN3, "phi3": SMALL_PHI3}
 ROWS, LENGTH = 3, 192
 
 
@@ -42,6 +43,8 @@ def _model(shape: Shape, *, rank: int = 8, targets: Any = "all-linear", dropout:
     for name, parameter in model.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             parameter.data += 0.1 * torch.randn_like(parameter)  # they are all 1
+    if isinstance(targets, list):
+        targets = shape.named(targets)
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
@@ -102,6 +105,9 @@ def _error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
         pytest.param(SMALL_QWEN3, {}, id="qwen3"),
         pytest.param(replace(SMALL_QWEN3, head_size=128), {"targets": ["q_proj", "k_proj"]}, id="qwen3 q and k"),
         pytest.param(SMALL_QWEN3, {"dtype": torch.float16}, id="qwen3 float16"),
+        pytest.param(SMALL_PHI3, {}, id="phi3"),
+        pytest.param(SMALL_PHI3, {"targets": ["q_proj", "up_proj"], "rank": 24}, id="phi3 qkv and gate_up"),
+        pytest.param(replace(SMALL_PHI3, heads=6, rotated=1.0), {}, id="phi3 rotated wholly"),
         pytest.param(SMALL, {"double_quant": False, "targets": ["q_proj", "v_proj"], "rank": 64}, id="q and v"),
         pytest.param(SMALL, {"targets": ["down_proj", "up_proj"], "rank": 24}, id="down and up"),
         pytest.param(SMALL, {"dtype": torch.float16}, id="float16"),

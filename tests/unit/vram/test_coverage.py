@@ -16,6 +16,7 @@ from tests.support import models
 from tests.unit.vram.workloads import spec
 
 H100 = next(gpu for gpu in SHIPPED if gpu.name == "H100")
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 CONFIGS: list[tuple[dict[str, Any], int | None]] = [
     *(({"model_type": kind}, None) for kind in ("llama", "qwen2", "qwen3", "gpt_neox")),
@@ -25,6 +26,14 @@ CONFIGS: list[tuple[dict[str, Any], int | None]] = [
     ({"model_type": "qwen2", "sliding_window": 1024}, None),
     ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, 1024),
     ({"model_type": "qwen3", "use_sliding_window": True}, 4096),
+    ({"model_type": "phi3"}, None),
+    ({"model_type": "phi3", "sliding_window": 2047}, 2047),
+    ({"model_type": "phi3", "rope_scaling": LONGROPE}, 4096),
+    ({"model_type": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": 8192}, 8192),
+    ({"model_type": "phi3", "rope_scaling": LONGROPE | {"type": "su", "original_max_position_embeddings": 8192}}, 4096),
+    ({"model_type": "phi3", "rope_scaling": LONGROPE, "sliding_window": 1024}, 1024),
+    ({"model_type": "llama", "rope_scaling": LONGROPE | {"original_max_position_embeddings": 512}}, 512),
+    ({"model_type": "phi3", "resid_pdrop": 0.1}, 0),
     ({"model_type": "llama", "hidden_act": "gelu"}, 0),
     ({"model_type": "qwen3", "attention_dropout": 0.1}, 0),
     ({"model_type": "gemma", "attention_dropout": 0.1}, None),

@@ -118,11 +118,15 @@ class FastDecoder:
             logger.info("kernels are compiled one after the other: %s", error)
 
     def _batch(self, positions: torch.Tensor, layout: Layout) -> Batch:
-        wide = torch.empty(0, dtype=torch.float32, device=positions.device)
-        cos, sin = (table.flatten(0, 1) for table in self._rotary(wide, positions))
-        half = cos.shape[1] // 2
+        """`positions`: [rows, length].
+
+        The angles are computed here, since a rotary embedding's own forward pass may wait for the GPU, to ask for the
+        longest row (longrope). They are those of short rows: others aren't covered.
+        """
+        angles = positions.flatten()[:, None].float() * self._rotary.original_inv_freq.float()
+        cos, sin = (table.mul_(self._rotary.attention_scaling) for table in (angles.cos(), angles.sin()))
         seed = torch.randint(2**31, (1,), device=positions.device)
-        return Batch(layout, cos[:, :half].contiguous(), sin[:, :half].contiguous(), seed, self._buffer, self._garage)
+        return Batch(layout, cos, sin, seed, self._buffer, self._garage)
 
 
 def _read_layer(layer: Any, number: int, dtype: torch.dtype, config: Any, *, checkpointed: bool) -> Layer:
@@ -137,12 +141,17 @@ def _read_layer(layer: Any, number: int, dtype: torch.dtype, config: Any, *, che
         eps=layer.input_layernorm.variance_epsilon,
         input_norm=layer.input_layernorm.weight.data,
         middle_norm=layer.post_attention_layernorm.weight.data,
-        qkv=group(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=group(*_one_or_several(attention, "qkv_proj", "q_proj", "k_proj", "v_proj")),
         out=group(attention.o_proj),
-        gate_up=group(mlp.gate_proj, mlp.up_proj),
+        gate_up=group(*_one_or_several(mlp, "gate_up_proj", "gate_proj", "up_proj")),
         down=group(mlp.down_proj),
         checkpointed=checkpointed,
     )
+
+
+def _one_or_several(parent: nn.Module, fused: str, *separate: str) -> list[nn.Module]:
+    """The linear layers that make one product: one that is all of them (Phi-3's), or each of them."""
+    return [getattr(parent, name) for name in ((fused,) if hasattr(parent, fused) else separate)]
 
 
 def _read_heads(attention: Any, config: Any) -> Heads:
@@ -175,7 +184,7 @@ def _require_shape(causal: Any, longest: int | None) -> None:
     if irregular:
         raise NotCoveredError(irregular)
     if regular is not None and (longest is None or longest > regular):
-        raise NotCoveredError(f"rows may be longer than {regular} tokens, up to which its attention has no window")
+        raise NotCoveredError(f"in rows of more than {regular} tokens attention or positions change")
     if causal.lm_head.bias is not None if hasattr(causal.lm_head, "bias") else True:
         raise NotCoveredError("the output head is more than a matrix")
     if len({causal.lm_head.weight.dtype, causal.model.embed_tokens.weight.dtype, causal.model.norm.weight.dtype}) > 1:

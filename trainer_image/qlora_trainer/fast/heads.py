@@ -15,7 +15,9 @@ Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The heads of a layer, of D numbers each. A product is [T, (query heads + 2 · key heads) · D]; cos, sin [T, D/2].
+    """The heads of a layer, of D numbers each. A product is [T, (query heads + 2 · key heads) · D].
+
+    cos and sin are [T, R/2]: the first R numbers of each head are rotated, all D where heads are normed.
 
     A layer keeps the product alone. Without norms q and k are rotated where they are. Where they are normed, the
     product stays as it was, since the way back through a norm starts there; attention reads a copy of q and k, which

@@ -27,9 +27,9 @@ class Batch:
 
     layout: Layout
     cos: torch.Tensor
-    """Of the rotary embedding [T, D/2], float32."""
+    """Of the rotary embedding of R numbers of each head [T, R/2], float32."""
     sin: torch.Tensor
-    """[T, D/2], float32."""
+    """[T, R/2], float32."""
     seed: torch.Tensor
     """Of the dropout masks: one int64."""
     buffer: torch.Tensor
@@ -178,11 +178,12 @@ class Layer:
         return Dropout(group.dropout, batch.seed, 4 * self.number + site) if group.dropout and group.rank else None
 
     def _updates(self, kept: Kept) -> tuple[Update, Update]:
-        """Of gate and up."""
-        group, updates = self.gate_up, []
-        for number in (0, 1):
-            rows, ranks = group.part(number)
-            updates.append(Update(kept.low[2][:, ranks], group.b[rows, ranks].T, group.scale))
+        """Of gate and up, whether they are two linear layers or one."""
+        group, width = self.gate_up, self.down.inputs
+        updates = []
+        for first in (0, width):
+            ranks = group.ranks_at(first)
+            updates.append(Update(kept.low[2][:, ranks], group.b[first : first + width, ranks].T, group.scale))
         return updates[0], updates[1]
 
 

@@ -80,9 +80,10 @@ def rotated() -> Piece:
         whole = qkv.clone()
         heads = whole[:, : 9 * 16].view(5, 9, 16)
         rope.rotate(heads, cos, sin, heads)
-        back = torch.empty(5, 9, 16)
+        back, some = torch.empty(5, 9, 16), torch.empty(5, 9, 16)
         rope.rotate(heads, cos, sin, back, back=True)
-        return whole, back
+        rope.rotate(heads, cos[:, :6].contiguous(), sin[:, :6].contiguous(), some)
+        return whole, back, some
 
     return piece
 

@@ -1,4 +1,4 @@
-"""What a layer keeps on the fast path is what the planner counts, tensor by tensor."""
+"""What a layer keeps on the fast path, and what stays, is what the planner counts, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ def test_a_layer_keeps_what_is_planned(family: str) -> None:
         kept = layer.keep(torch.randn(TOKENS, SHAPES[family].hidden, dtype=torch.bfloat16), batch)
         layer.finish(kept, batch)
     assert _bytes(kept) == step.kept - step._statistics  # a CPU's attention leaves none
+    copies = [tensor for group in layer.groups for tensor in (group.a, group.b)]
+    assert len(decoder.layers) * sum(tensor.nbytes for tensor in copies) == step.standing["adapter"]
+    assert decoder._buffer.nbytes == step.standing["dequantization"]
 
 
 def _bytes(kept: Any) -> int:
