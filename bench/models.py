@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bitsandbytes
@@ -76,6 +76,11 @@ class Shape:
             **({"head_dim": self.head_size} if self.head_size else {}),
         )
 
+    @property
+    def as_llama(self) -> Shape:
+        """A Llama of the same numbers."""
+        return replace(self, family="llama")
+
     def named(self, linears: Iterable[str]) -> list[str]:
         """The family's own names of linear layers that are called as in Llama."""
         own = FUSED.get(self.family, {})
@@ -105,6 +110,8 @@ SHAPES = {
     "tinyllama-1b": Shape("llama", 2048, 5632, 22, 32, 4, 32_000),
     "tiny": Shape("llama", 256, 512, 2, 4, 2, 1024),
     "tiny-qwen2": Shape("qwen2", 256, 512, 2, 4, 2, 1024),
+    "tiny-qwen3": Shape("qwen3", 256, 512, 2, 4, 2, 1024, head_size=128),
+    "tiny-phi3": Shape("phi3", 256, 512, 2, 4, 2, 1024),
 }
 
 
