@@ -61,7 +61,8 @@ def _window(config: Mapping[str, Any]) -> int | None:
     kind = config["model_type"]
     if kind not in WINDOWS or (kind in SWITCHED and not config.get("use_sliding_window")):
         return None
-    return config.get("sliding_window", WINDOWS[kind]) or None
+    size = config.get("sliding_window", WINDOWS[kind])
+    return _number(size) if size else None
 
 
 def _short_rows(config: Mapping[str, Any]) -> int | None:
@@ -69,11 +70,17 @@ def _short_rows(config: Mapping[str, Any]) -> int | None:
     if _rope_type(config) != LONG_ROPE:
         return None
     default = PHI3_LENGTH if config["model_type"] == "phi3" else _rope(config).get("original_max_position_embeddings")
-    return int(config.get("original_max_position_embeddings", default) or 0)
+    return _number(config.get("original_max_position_embeddings", default))
+
+
+def _number(value: Any) -> int:
+    """0 for what is none: then no row is covered, and transformers has its say."""
+    return max(0, value) if isinstance(value, int) else 0
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+    found = config.get("rope_scaling") or config.get("rope_parameters")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _rope_type(config: Mapping[str, Any]) -> str:

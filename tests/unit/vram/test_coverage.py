@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -44,9 +45,22 @@ CONFIGS: list[tuple[dict[str, Any], int | None]] = [
 
 @pytest.mark.parametrize(("config", "longest"), CONFIGS)
 def test_a_config_and_what_transformers_makes_of_it_say_the_same(config: dict[str, Any], longest: int | None) -> None:
-    values = dict(config)
+    values = copy.deepcopy(config)  # transformers completes what it is given
     completed = AutoConfig.for_model(values.pop("model_type"), **values).to_dict()
     assert longest_regular(config) == longest_regular(completed) == longest
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mistral", "sliding_window": "4096"},
+        {"model_type": "phi3", "sliding_window": -1},
+        {"model_type": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": None},
+        {"model_type": "llama", "rope_scaling": LONGROPE},
+    ],
+)
+def test_what_is_no_number_of_tokens_covers_no_row(config: dict[str, Any]) -> None:
+    assert longest_regular(config) == 0
 
 
 @pytest.mark.parametrize(("kind", "name"), FAST_FAMILIES.items())
