@@ -8,17 +8,37 @@ and was never there in 16 bit.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bitsandbytes
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers import AutoHfQuantizer
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+CONFIGS = {
+    "llama": LlamaConfig, "mistral": MistralConfig, "phi3": Phi3Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
+}  # fmt: skip
+
+
+FUSED = {
+    "phi3": {
+        "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+        "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+    }
+}  # fmt: skip
+"""Of families in which several linear layers are one: its name, by theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +53,10 @@ class Shape:
     key_value_heads: int
     vocabulary: int
     rope_theta: float = 10_000.0
+    head_size: int = 0
+    """0: hidden / heads, which no config.json says."""
+    rotated: float = 1.0
+    """Share of each head that the rotary embedding turns, where the family leaves that open."""
 
     def config(self, max_length: int) -> Any:
         """transformers' config."""
@@ -44,17 +68,33 @@ class Shape:
             num_attention_heads=self.heads,
             num_key_value_heads=self.key_value_heads,
             max_position_embeddings=max(8192, max_length),
-            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            rope_parameters=self._rope,
             tie_word_embeddings=False,
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=1,
+            **({"head_dim": self.head_size} if self.head_size else {}),
         )
+
+    @property
+    def as_llama(self) -> Shape:
+        """A Llama of the same numbers."""
+        return replace(self, family="llama")
+
+    def named(self, linears: Iterable[str]) -> list[str]:
+        """The family's own names of linear layers that are called as in Llama."""
+        own = FUSED.get(self.family, {})
+        return list(dict.fromkeys(own.get(name, name) for name in linears))
+
+    @property
+    def _rope(self) -> dict[str, Any]:
+        share = {"partial_rotary_factor": self.rotated} if self.rotated < 1 else {}
+        return {"rope_type": "default", "rope_theta": self.rope_theta, **share}
 
     @property
     def multiplied(self) -> int:
         """Weights that every token is multiplied with: all but the embeddings."""
-        head = self.hidden // self.heads
+        head = self.head_size or self.hidden // self.heads
         attention = self.hidden * head * 2 * (self.heads + self.key_value_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate) + self.hidden * self.vocabulary
 
@@ -65,9 +105,13 @@ SHAPES = {
     "llama-2-70b": Shape("llama", 8192, 28672, 80, 64, 8, 32_000),
     "llama-3-8b": Shape("llama", 4096, 14336, 32, 32, 8, 128_256, 500_000.0),
     "qwen2-7b": Shape("qwen2", 3584, 18944, 28, 28, 4, 152_064, 1_000_000.0),
+    "qwen3-8b": Shape("qwen3", 4096, 12288, 36, 32, 8, 151_936, 1_000_000.0, head_size=128),
+    "phi-4": Shape("phi3", 5120, 17920, 40, 40, 10, 100_352, 250_000.0),
     "tinyllama-1b": Shape("llama", 2048, 5632, 22, 32, 4, 32_000),
     "tiny": Shape("llama", 256, 512, 2, 4, 2, 1024),
     "tiny-qwen2": Shape("qwen2", 256, 512, 2, 4, 2, 1024),
+    "tiny-qwen3": Shape("qwen3", 256, 512, 2, 4, 2, 1024, head_size=128),
+    "tiny-phi3": Shape("phi3", 256, 512, 2, 4, 2, 1024),
 }
 
 

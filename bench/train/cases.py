@@ -23,6 +23,7 @@ class Case:
     length: int
     rank: int = 16
     targets: tuple[str, ...] = ALL
+    """As they are called in Llama; `Shape.named` has the family's own names."""
     dropout: float = 0.0
     optimizer: str = "paged_adamw_8bit"
     double_quant: bool = True
@@ -50,6 +51,7 @@ _R1 = Case(
 )  # fmt: skip
 _R2 = Case("r2", "qwen2-7b", 4, 512, dropout=0.05)
 _7B = Case("7b-512", "llama-2-7b", 1, 512)
+_QWEN3, _PHI4 = Case("qwen3", "qwen3-8b", 4, 2048), Case("phi4", "phi-4", 4, 2048)
 _REAL = Case("8b-real", "llama-3-8b", 4, 2048, mean_length=250)
 
 
@@ -65,12 +67,13 @@ CASES = {
     case.name: case
     for case in (
         _8B, _offloaded(_8B), _auto(_8B), _R1, _offloaded(_R1), _auto(_R1), _R2, _auto(_R2), _7B, _auto(_7B),
-        _REAL, _auto(_REAL),
+        _REAL, _auto(_REAL), _QWEN3, _auto(_QWEN3), _PHI4, _auto(_PHI4),
         Case("13b-512", "llama-2-13b", 1, 512), Case("70b-512", "llama-2-70b", 1, 512),
         Case("8b-100k", "llama-3-8b", 1, 102_400, rank=32, offload=True),
         Case("8b-131k", "llama-3-8b", 1, 131_072, rank=32, offload=True),
         Case("8b-160k", "llama-3-8b", 1, 163_840, rank=32, offload=True),
         Case("tiny", "tiny", 2, 128, dropout=0.05), Case("tiny-real", "tiny-qwen2", 2, 256, mean_length=40),
+        Case("tiny-qwen3", "tiny-qwen3", 2, 128), Case("tiny-phi3", "tiny-phi3", 2, 128),
     )
 }  # fmt: skip
 """By name. An `-auto` case is what a plan for 80 GB says: no checkpointing, weights in 16 bit too. Cases of a family

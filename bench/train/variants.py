@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from bench.inputs import tokenizer, training_data
 from bench.jobs import plan_of
-from bench.models import SHAPES, build
+from bench.models import FUSED, SHAPES, Shape, build
 from bench.train.cases import Case, corpus
 from bench.train.clock import StepClock
 from qlora_trainer import training
@@ -73,7 +73,7 @@ def _spec(case: Case, steps: int) -> QLoRAJobSpec:
                 "rank": case.rank,
                 "alpha": case.rank,
                 "dropout": case.dropout,
-                "targetModules": list(case.targets),
+                "targetModules": SHAPES[case.shape].named(case.targets),
             },
             "training": {
                 "maxSteps": steps,
@@ -90,9 +90,10 @@ def _spec(case: Case, steps: int) -> QLoRAJobSpec:
     )
 
 
-def _model(case: Case) -> Any:
+def _model(case: Case, shape: Shape | None = None) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(SHAPES[case.shape], double_quant=case.double_quant, device=device, max_length=case.length)
+    shape = shape or SHAPES[case.shape]
+    model = build(shape, double_quant=case.double_quant, device=device, max_length=case.length)
     if device == "cuda":
         torch.cuda.empty_cache()  # what building left behind, which loading doesn't
         torch.cuda.reset_peak_memory_stats()
@@ -121,18 +122,25 @@ def _reference(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
 
 
 def _unsloth(case: Case, steps: int, clock: StepClock) -> dict[str, Any]:
-    """Unsloth's own loader and patches, with the random model in place of one from disk."""
+    """Unsloth's own loader and patches, with the random model in place of one from disk.
+
+    It has no layers for fused products: on the hub, its Phi-4 is a Llama.
+    """
     import unsloth.models.llama  # patches transformers; must come before the model is made
     from unsloth import FastLanguageModel
+
+    shape = SHAPES[case.shape]
+    if shape.family in FUSED:
+        shape = shape.as_llama
 
     class Loader:
         @staticmethod
         def from_pretrained(*_: Any, **__: Any) -> Any:
-            return _model(case)
+            return _model(case, shape)
 
     unsloth.models.llama.AutoModelForCausalLM = Loader
     folder = tempfile.mkdtemp()
-    SHAPES[case.shape].config(case.length).save_pretrained(folder)
+    shape.config(case.length).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     model, _ = FastLanguageModel.from_pretrained(
         folder, max_seq_length=case.length, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
@@ -174,7 +182,7 @@ def _lora(case: Case) -> LoraConfig:
         r=case.rank,
         lora_alpha=case.rank,
         lora_dropout=case.dropout,
-        target_modules=list(case.targets),
+        target_modules=SHAPES[case.shape].named(case.targets),
         bias="none",
         task_type="CAUSAL_LM",
     )

@@ -13,9 +13,10 @@ from qlora_vram.workload import Shape, Workload, workload
 from qlorajob.plan import ModelFacts
 from qlorajob.spec import QLoRAJobSpec
 
-CODE = 2
+CODE = 3
 """Raised when the trainer's memory changes, so that what was measured before isn't taken for what is now. 2: the fast
-path's loss holds one chunk of logits instead of two."""
+path's loss holds one chunk of logits instead of two. 3: families in `NEWLY_FAST` take the fast path."""
+NEWLY_FAST = frozenset({"phi3", "qwen3"})
 GPU = next(gpu for gpu in SHIPPED if gpu.name == "H100")
 
 
@@ -104,6 +105,7 @@ LLAMA_3B, LLAMA2_7B, LLAMA3_8B = "meta-llama/Llama-3.2-3B", "meta-llama/Llama-2-
 QWEN_7B, MISTRAL, LLAMA2_13B = "Qwen/Qwen2-7B", "mistralai/Mistral-7B-v0.3", "meta-llama/Llama-2-13b-hf"
 LLAMA2_70B, QWEN_72B, QWEN_32B = "meta-llama/Llama-2-70b-hf", "Qwen/Qwen2-72B", "Qwen/Qwen2.5-32B"
 NEOX, GEMMA2, PHI3 = "EleutherAI/gpt-neox-20b", "google/gemma-2-9b", "microsoft/Phi-3-mini-4k-instruct"
+PHI4 = "microsoft/phi-4"
 QWEN3, FALCON, SMOL_BIG = "Qwen/Qwen3-8B", "tiiuae/falcon-7b", "HuggingFaceTB/SmolLM2-1.7B"
 
 POINTS = (
@@ -144,16 +146,20 @@ POINTS = (
     Point(LLAMA2_7B, 2, 1024, rank=8, targets=QV, optimizer="adamw_8bit"),
     Point(LLAMA_3B, 4, 1024, packing=True, dropout=0.1),
     Point(QWEN_HALF, 8, 2048, packing=True),
-    # Families that go through transformers' own layers
-    Point(NEOX, 1, 512, rank=8, targets=("query_key_value",), dropout=0.05),
-    Point(NEOX, 4, 1024),
-    Point(PHI3, 4, 1024),
-    Point(PHI3, 2, 1024, checkpointed=0),
-    Point(GEMMA2, 1, 1024),
-    Point(GEMMA2, 2, 2048, packing=True),
+    # Norms on each head
     Point(QWEN3, 1, 512),
     Point(QWEN3, 2, 2048, packing=True),
     Point(QWEN3, 4, 1024, checkpointed=18, dropout=0.05),
+    # Fused products
+    Point(PHI3, 4, 1024),
+    Point(PHI3, 2, 1024, checkpointed=0),
+    Point(PHI4, 1, 2048),
+    # What goes through transformers' own layers
+    Point(PHI3, 1, 4096),  # longer than its window
+    Point(NEOX, 1, 512, rank=8, targets=("query_key_value",), dropout=0.05),
+    Point(NEOX, 4, 1024),
+    Point(GEMMA2, 1, 1024),
+    Point(GEMMA2, 2, 2048, packing=True),
     Point(FALCON, 2, 1024),
     Point(FALCON, 4, 512, checkpointed=0, dropout=0.05),
 )
@@ -174,4 +180,5 @@ def outdated(workload: Workload, code: int) -> bool:
     """Whether the trainer's memory has changed since `code`, in a way that a run of this kind shows."""
     row = max(1, workload.facts.vocabulary * workload.compute_bytes)
     chunk = max(LOGIT_ROWS, LOGIT_BYTES // row // LOGIT_ROWS * LOGIT_ROWS)
-    return code < CODE and workload.engine == "fast" and workload.tokens > chunk  # 2: one chunk of logits, not two
+    two_chunks = code < 2 and workload.engine == "fast" and workload.tokens > chunk
+    return two_chunks or (code < 3 and workload.facts.model_type in NEWLY_FAST)

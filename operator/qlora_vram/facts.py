@@ -9,13 +9,11 @@ from typing import Any
 
 from qlora_vram.architectures import FAMILIES, Family, Linear, Norm
 from qlora_vram.architectures.layout import Condition
+from qlora_vram.coverage import longest_regular
 from qlorajob.plan import LinearLayers, ModelFacts
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 """Numbers that every model has, and that nothing else follows into."""
-
-MISTRAL_WINDOW = 4096
-"""Mistral's sliding window where config.json doesn't name it; null is none."""
 
 
 class InvalidConfigError(ValueError):
@@ -32,13 +30,6 @@ def model_facts(config: Mapping[str, Any], *, weight_bytes: int = 0) -> ModelFac
     return found.facts(weight_bytes) if found else None
 
 
-def windowed(config: Mapping[str, Any]) -> bool:
-    """Whether tokens look back only so far, in the families where that decides on the trainer's path."""
-    if config.get("model_type") == "mistral":
-        return bool(config.get("sliding_window", MISTRAL_WINDOW))
-    return config.get("model_type") == "qwen2" and bool(config.get("use_sliding_window"))
-
-
 def blueprint(config: Mapping[str, Any]) -> Blueprint | None:
     """How the model of a parsed config.json is built; None if not known here. Raises InvalidConfigError."""
     family = FAMILIES.get(str(config.get("model_type")))
@@ -46,7 +37,7 @@ def blueprint(config: Mapping[str, Any]) -> Blueprint | None:
         return None
     if any(config.get(key) is None for key in family.needs) or any(config.get(key) for key in family.refuses):
         return None
-    return Blueprint(str(config["model_type"]), family, {**_values(family, config), "windowed": windowed(config)})
+    return Blueprint(str(config["model_type"]), family, _values(family, config), longest_regular(config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +47,8 @@ class Blueprint:
     model_type: str
     family: Family
     values: Mapping[str, Any]
+    regular_length: int | None = None
+    """As in ModelFacts."""
 
     @property
     def tied(self) -> bool:
@@ -111,7 +104,7 @@ class Blueprint:
             key_value_heads=values["num_key_value_heads"],
             head_size=values["head"],
             vocabulary=vocabulary,
-            windowed=values["windowed"],
+            regular_length=self.regular_length,
             whole_logits=family.whole_logits,
             weight_bytes=weight_bytes,
         )

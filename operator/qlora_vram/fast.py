@@ -1,7 +1,7 @@
 """Memory of a step on the trainer's fast path (`qlora_trainer.fast`), whose layers say themselves what they keep.
 
-A layer keeps (`fast.layer.Kept`) its input, the rotated q, k and v, attention's result with a float32 for each head,
-the residual stream between attention and feed-forward part, gate and up, and the products of LoRA's A. Norms,
+A layer keeps (`fast.layer.Kept`) its input, q, k and v, attention's result with a float32 for each head, the residual
+stream between attention and feed-forward part, gate and up, and the products of LoRA's A. Norms, those of heads too,
 activation and dropout masks are computed again. Nothing is as long as a row times a row. All weights are dequantized
 into one buffer, which stays.
 """
@@ -133,6 +133,8 @@ class FastStep:
         layer = self._layer
         active = layer.inside * (2 if self.workload.dropout else 1) + self._room("down", layer.inside)
         attention = 2 * layer.hidden + 2 * layer.queries + 2 * layer.keys
+        if layer.head_norms:
+            attention += layer.queries + layer.keys  # the copy that it reads (`fast.heads`)
         workspace = FLASH_WORKSPACE * layer.queries * self.workload.tokens
         grouped = 2 * layer.queries if layer.grouped else 0
         # Where the last layer is checkpointed, its input is among the checkpoints.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from qlora_vram.architectures import FAMILIES
+from qlora_vram.coverage import FAST_FAMILIES
 from qlora_vram.gpus import GpuClass
 from qlora_vram.layers import Layer, detailed
 from qlorajob.plan import LinearLayers, ModelFacts
@@ -19,10 +20,8 @@ Strategy = Literal["single", "ddp", "fsdp"]
 LENGTH_MULTIPLE: Final = 64
 """On a GPU rows are filled up to a multiple of this: what its matrix units work in, and few different shapes. The
 trainer takes the number from here."""
-FAST_FAMILIES: Final = frozenset({"llama", "mistral", "qwen2"})
-"""Model types that `qlora_trainer.fast.decoder` knows."""
 FAST_CAPABILITY: Final = 8.0
-"""Its attention kernels need this compute capability."""
+"""The attention kernels of `qlora_trainer.fast` need this compute capability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,8 @@ def types_on(gpu: GpuClass, spec: QLoRAJobSpec) -> NumberTypes:
 
 def engine(spec: QLoRAJobSpec, facts: ModelFacts, gpu: GpuClass, shape: Shape) -> Engine:
     """Which way through a layer the trainer takes. Unsloth's is its own, and takes no more than the plain one."""
-    covered = facts.model_type in FAST_FAMILIES and not facts.windowed and spec.lora.bias == "none"
+    regular = facts.regular_length is None or spec.training.max_sequence_length <= facts.regular_length
+    covered = facts.model_type in FAST_FAMILIES and regular and spec.lora.bias == "none"
     covered = covered and spec.training.backend == "hf" and types_on(gpu, spec).narrow
     return "fast" if covered and gpu.compute_capability >= FAST_CAPABILITY and shape.gpus == 1 else "plain"
 

@@ -59,8 +59,9 @@ class ModelFacts(ContractModel):
     """Width of one head."""
     vocabulary: Annotated[int, Field(ge=0)] = 0
     """Rows of the output head."""
-    windowed: bool = False
-    """Tokens look back only so far, in the families where that decides on the trainer's path (Mistral, Qwen2)."""
+    regular_length: Annotated[int, Field(ge=0)] | None = None
+    """Rows of at most so many tokens may take the trainer's fast path, in the families that it covers: longer ones meet
+    a sliding window, or another rotary embedding. Null: rows of any length; 0: none, for what else the layers do."""
     whole_logits: bool = False
     """The loss is made from all of a micro batch's logits at once: the model's code doesn't let body and head apart."""
     weight_bytes: Annotated[int, Field(ge=0)] = 0

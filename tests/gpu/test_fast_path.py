@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,15 @@ from bench.models import SHAPES, Shape, build
 from qlora_trainer.batches import DOCUMENT_ENDS, LONGEST_DOCUMENT
 from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.decoder import FastDecoder
+from qlora_trainer.fast.heads import Heads
 from qlora_trainer.fast.step import MicroStep
 from qlorajob.plan import Plan, Requests
 
 SMALL = Shape("llama", 512, 1024, 3, 4, 2, 2048)
 SMALL_QWEN2 = Shape("qwen2", 448, 1152, 3, 7, 1, 3000)
+SMALL_QWEN3 = Shape("qwen3", 384, 1024, 3, 8, 2, 3000, head_size=64)
+SMALL_PHI3 = Shape("phi3", 384, 1024, 3, 4, 2, 3000, rotated=0.75)
+SMALL_SHAPES = {"llama": SMALL, "qwen2": SMALL_QWEN2, "qwen3": SMALL_QWEN3, "phi3": SMALL_PHI3}
 ROWS, LENGTH = 3, 192
 
 
@@ -35,6 +40,11 @@ def _plan(**changes: Any) -> Plan:
 def _model(shape: Shape, *, rank: int = 8, targets: Any = "all-linear", dropout: float = 0.0, **options: Any) -> Any:
     torch.manual_seed(1)
     model = build(shape, **options)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.data += 0.1 * torch.randn_like(parameter)  # they are all 1
+    if isinstance(targets, list):
+        targets = shape.named(targets)
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
@@ -92,6 +102,12 @@ def _error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     [
         pytest.param(SMALL, {}, id="llama"),
         pytest.param(SMALL_QWEN2, {}, id="qwen2"),
+        pytest.param(SMALL_QWEN3, {}, id="qwen3"),
+        pytest.param(replace(SMALL_QWEN3, head_size=128), {"targets": ["q_proj", "k_proj"]}, id="qwen3 q and k"),
+        pytest.param(SMALL_QWEN3, {"dtype": torch.float16}, id="qwen3 float16"),
+        pytest.param(SMALL_PHI3, {}, id="phi3"),
+        pytest.param(SMALL_PHI3, {"targets": ["q_proj", "up_proj"], "rank": 24}, id="phi3 qkv and gate_up"),
+        pytest.param(replace(SMALL_PHI3, heads=6, rotated=1.0), {}, id="phi3 rotated wholly"),
         pytest.param(SMALL, {"double_quant": False, "targets": ["q_proj", "v_proj"], "rank": 64}, id="q and v"),
         pytest.param(SMALL, {"targets": ["down_proj", "up_proj"], "rank": 24}, id="down and up"),
         pytest.param(SMALL, {"dtype": torch.float16}, id="float16"),
@@ -135,9 +151,34 @@ def test_an_update_smaller_than_16_bit_resolve_arrives_in_the_product(name: str)
     assert float((change * update).sum() / update.square().sum()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize(("queries", "keys", "size"), [(32, 8, 128), (14, 2, 64), (5, 1, 96)])
+def test_norms_of_heads_are_those_of_plain_torch(queries: int, keys: int, size: int) -> None:
+    tokens, generator = 300, torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    product, angles = random(tokens, (queries + 2 * keys) * size), random(tokens, size // 2).float()
+    weight, grads = random(queries + keys, size), [random(tokens, count, size) for count in (queries, keys, keys)]
+
+    def run(device: str) -> list[torch.Tensor]:
+        heads, kept = Heads(queries, keys, size, weight.to(device), 1e-6), product.to(device, copy=True)
+        cos, sin = angles.to(device).cos(), angles.to(device).sin()
+        heads.settle(kept, cos, sin)
+        q, k, _ = heads.read(kept, cos, sin)
+        dq, dk, dv = (grad.to(device) for grad in grads)
+        heads.backward((dq, dk, dv), kept, cos, sin)
+        return [q.cpu(), k.cpu(), kept.cpu()]
+
+    for found, expected in zip(run("cuda"), run("cpu"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_every_checkpointing_policy_gives_the_same_gradients(dropout: float) -> None:
-    model, ids = _model(SMALL, dropout=dropout), _ids(SMALL.vocabulary)
+@pytest.mark.parametrize("family", SMALL_SHAPES)
+def test_every_checkpointing_policy_gives_the_same_gradients(family: str, dropout: float) -> None:
+    shape = SMALL_SHAPES[family]
+    model, ids = _model(shape, dropout=dropout), _ids(shape.vocabulary)
 
     def gradients(**plan: Any) -> dict[str, torch.Tensor]:
         decoder = FastDecoder(model, _plan(**plan))
@@ -169,11 +210,13 @@ def test_dropout_drops_its_share_and_keeps_the_expectation() -> None:
     assert torch.equal(one.cpu() == 0, ~Dropout(0.1, torch.tensor([7]), 0).mask(*x.shape))
 
 
-def test_no_document_sees_another() -> None:
+@pytest.mark.parametrize("family", SMALL_SHAPES)
+def test_no_document_sees_another(family: str) -> None:
     """Of two packed documents the first is changed: the second's loss and its gradients stay equal to the bit."""
-    model = _model(SMALL)
+    shape = SMALL_SHAPES[family]
+    model = _model(shape)
     decoder = FastDecoder(model, _plan())
-    ids = _ids(SMALL.vocabulary)[:1]
+    ids = _ids(shape.vocabulary)[:1]
     labels = ids.clone()
     labels[:, :81] = -100  # only the second document counts
     layout = Layout(1, torch.tensor([0, 80, LENGTH], dtype=torch.int32, device="cuda"), 112)
@@ -192,13 +235,15 @@ def test_no_document_sees_another() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_captured_step_adds_the_gradients_of_an_eager_one(packed: bool) -> None:
-    model = _model(SMALL)
+@pytest.mark.parametrize("family", SMALL_SHAPES)
+def test_a_captured_step_adds_the_gradients_of_an_eager_one(family: str, packed: bool) -> None:
+    shape = SMALL_SHAPES[family]
+    model = _model(shape)
     decoder = FastDecoder(model, _plan())
     backward = torch.Tensor.backward
     batches = []
     for seed in range(4):
-        ids = _ids(SMALL.vocabulary, seed)
+        ids = _ids(shape.vocabulary, seed)
         batch = {"input_ids": ids, "labels": ids}
         if packed:
             cut = 50 + 7 * seed

@@ -18,7 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_trainer.quirks import let_falcon_be_quantized, tell_output_head
-from qlora_vram.facts import windowed
+from qlora_vram.coverage import longest_regular
 from qlorajob.plan import LinearLayers, ModelFacts
 
 FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "wqkv", "W_pack")
@@ -71,7 +71,7 @@ class MetaModel:
             key_value_heads=_key_value_heads(linears, heads, head_size) or self._number("num_key_value_heads") or heads,
             head_size=head_size,
             vocabulary=head.weight.shape[0] if head is not None else self._number("vocab_size"),
-            windowed=windowed(self._text.to_dict()),
+            regular_length=longest_regular(self._text.to_dict()),
             weight_bytes=weight_bytes,
         )
 

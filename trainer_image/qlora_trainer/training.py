@@ -76,12 +76,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
 
-    def use_fast_path(self, hardware: Hardware, shapes: Shapes) -> None:
-        """Compute the training steps on the fast path, where model and machine allow it. It is made for GPUs."""
+    def use_fast_path(self, hardware: Hardware, shapes: Shapes, longest: int) -> None:
+        """Compute the training steps on the fast path, where model and machine allow it. It is made for GPUs.
+
+        No row has more than `longest` tokens, padding apart.
+        """
         if hardware.on_gpu:
             from qlora_trainer.fast.step import start  # needs Triton, which is where GPUs are
 
-            self.fast = start(self.model, self._plan, hardware, self.accelerator.backward, shapes)
+            self.fast = start(self.model, self._plan, hardware, self.accelerator.backward, shapes, longest)
 
     def check_head(self) -> str | None:
         """See whether TRL's fused head knows this model. Returns why it isn't taken, or None."""
@@ -195,7 +198,7 @@ def make_trainer(
     if unsloth:  # whose layers are fast, and checkpointed, in its own way
         trainer.add_callback(Unsloth())
         return trainer
-    trainer.use_fast_path(hardware, shapes)
+    trainer.use_fast_path(hardware, shapes, spec.training.max_sequence_length)
     if trainer.fast is None:
         hardware.degrade(checkpoint_layers(model, plan))
         if hardware.on_gpu:

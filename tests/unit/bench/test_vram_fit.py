@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.vram.fit import RESULTS, Use, merged, newest, points, table
-from bench.vram.points import CODE, HELD_OUT, LLAMA2_7B, SMOL, Point, outdated
+from bench.vram.points import CODE, HELD_OUT, LLAMA2_7B, PHI3, QWEN3, SMOL, Point, outdated
 from qlora_vram.calibration import shipped
 
 
@@ -47,6 +47,16 @@ def test_held_out_points_are_marked_and_stay_so() -> None:
 def test_what_was_measured_with_two_chunks_of_logits_is_outdated_where_there_were_two() -> None:
     large, small = Point(SMOL, 16, 1024).workload(), Point(LLAMA2_7B, 1, 512).workload()
     assert [outdated(work, code) for work in (large, small) for code in (1, CODE)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("model", [QWEN3, PHI3])
+def test_what_was_measured_on_the_plain_path_is_outdated_where_the_fast_one_is_taken(model: str) -> None:
+    """And is held against that path's prediction still: it isn't a measurement of the other."""
+    work = Point(model, 1, 512).workload()
+    assert (work.engine, outdated(work, 2), outdated(work, CODE)) == ("fast", True, False)
+    of_it = [each for each in points() if each.point.model == model]
+    short = [each for each in of_it if each.workload.engine == "plain" and each.point.length <= 2048]
+    assert {each.use for each in short} <= {"outdated"}
 
 
 @pytest.mark.parametrize("use", ["fitted", "held out", "recipe"])

@@ -33,7 +33,7 @@ def _workload(name: str, backend: str) -> Workload:
     assert facts is not None
     asked = spec(
         quantization={"doubleQuant": case.double_quant},
-        lora={"rank": case.rank, "dropout": case.dropout, "targetModules": list(case.targets)},
+        lora={"rank": case.rank, "dropout": case.dropout, "targetModules": SHAPES[case.shape].named(case.targets)},
         training={
             "backend": backend,
             "maxSequenceLength": case.length,

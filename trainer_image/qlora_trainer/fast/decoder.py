@@ -18,17 +18,16 @@ from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.checkpointing import planned_layers
 from qlora_trainer.fast.compilation import compiling_only
 from qlora_trainer.fast.cross_entropy import NormedHeadLoss
+from qlora_trainer.fast.heads import Heads
 from qlora_trainer.fast.layer import Batch, Layer
 from qlora_trainer.fast.linears import Group, Linear
 from qlora_trainer.fast.offload import Garage
 from qlora_trainer.formats import IGNORED
+from qlora_vram.coverage import FAST_FAMILIES, irregularity, longest_regular
 from qlorajob.errors import first_line
 from qlorajob.plan import Plan
 
 logger = logging.getLogger(__name__)
-
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-"""transformers' model types of this shape, and how their classes' names begin."""
 
 
 class NotCoveredError(Exception):
@@ -38,11 +37,11 @@ class NotCoveredError(Exception):
 class FastDecoder:
     """A causal language model of the Llama shape with LoRA adapters. Only those are trained."""
 
-    def __init__(self, model: Any, plan: Plan) -> None:
-        """Raises NotCoveredError where the model isn't of the shape."""
+    def __init__(self, model: Any, plan: Plan, longest: int | None = None) -> None:
+        """For rows of at most `longest` tokens (None: of any length). Raises NotCoveredError."""
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = causal.config
-        _require_shape(causal)
+        _require_shape(causal, longest)
         body = causal.model
         self.model = model
         self._embed, self._rotary, self._norm = body.embed_tokens, body.rotary_emb, body.norm
@@ -122,11 +121,15 @@ class FastDecoder:
             logger.info("kernels are compiled one after the other: %s", error)
 
     def _batch(self, positions: torch.Tensor, layout: Layout) -> Batch:
-        wide = torch.empty(0, dtype=torch.float32, device=positions.device)
-        cos, sin = (table.flatten(0, 1) for table in self._rotary(wide, positions))
-        half = cos.shape[1] // 2
+        """`positions`: [rows, length].
+
+        The angles are computed here, since a rotary embedding's own forward pass may wait for the GPU, to ask for the
+        longest row (longrope). They are those of short rows: others aren't covered.
+        """
+        angles = positions.flatten()[:, None].float() * self._rotary.original_inv_freq.float()
+        cos, sin = (table.mul_(self._rotary.attention_scaling) for table in (angles.cos(), angles.sin()))
         seed = torch.randint(2**31, (1,), device=positions.device)
-        return Batch(layout, cos[:, :half].contiguous(), sin[:, :half].contiguous(), seed, self._buffer, self._garage)
+        return Batch(layout, cos, sin, seed, self._buffer, self._garage)
 
 
 def _read_layer(layer: Any, number: int, dtype: torch.dtype, config: Any, *, checkpointed: bool) -> Layer:
@@ -137,18 +140,30 @@ def _read_layer(layer: Any, number: int, dtype: torch.dtype, config: Any, *, che
 
     return Layer(
         number=number,
-        heads=config.num_attention_heads,
-        key_value_heads=config.num_key_value_heads,
-        head_size=attention.head_dim,
+        heads=_read_heads(attention, config),
         eps=layer.input_layernorm.variance_epsilon,
         input_norm=layer.input_layernorm.weight.data,
         middle_norm=layer.post_attention_layernorm.weight.data,
-        qkv=group(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=group(*_one_or_several(attention, "qkv_proj", "q_proj", "k_proj", "v_proj")),
         out=group(attention.o_proj),
-        gate_up=group(mlp.gate_proj, mlp.up_proj),
+        gate_up=group(*_one_or_several(mlp, "gate_up_proj", "gate_proj", "up_proj")),
         down=group(mlp.down_proj),
         checkpointed=checkpointed,
     )
+
+
+def _one_or_several(parent: nn.Module, fused: str, *separate: str) -> list[nn.Module]:
+    """The linear layers that make one product: one that is all of them (Phi-3's), or each of them."""
+    return [getattr(parent, name) for name in ((fused,) if hasattr(parent, fused) else separate)]
+
+
+def _read_heads(attention: Any, config: Any) -> Heads:
+    queries, keys, size = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    if not hasattr(attention, "q_norm"):
+        return Heads(queries, keys, size)
+    norms = ((attention.q_norm, queries), (attention.k_norm, keys))
+    weights = torch.cat([norm.weight.data.expand(count, -1) for norm, count in norms])
+    return Heads(queries, keys, size, weights, attention.q_norm.variance_epsilon)
 
 
 def _read(module: nn.Module) -> Linear:
@@ -158,25 +173,21 @@ def _read(module: nn.Module) -> Linear:
     return linear
 
 
-def _require_shape(causal: Any) -> None:
+def _require_shape(causal: Any, longest: int | None) -> None:
     config = causal.config
-    name = FAMILIES.get(config.model_type)
+    name = FAST_FAMILIES.get(config.model_type)
     if (
         name is None
         or type(causal).__name__ != f"{name}ForCausalLM"
         or not type(causal).__module__.startswith("transformers.")
     ):
         raise NotCoveredError(f"{config.model_type} isn't of the Llama shape")
-    if config.hidden_act not in ("silu", "swish"):
-        raise NotCoveredError(f"the activation is {config.hidden_act}")
-    if causal.model.rotary_emb.rope_type not in ("default", "linear", "llama3", "yarn"):
-        raise NotCoveredError(f"the position embedding {causal.model.rotary_emb.rope_type} depends on the batch")
-    if config.attention_dropout:
-        raise NotCoveredError("attention has dropout")
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()) or (
-        config.model_type == "mistral" and config.sliding_window
-    ):
-        raise NotCoveredError("attention has a sliding window")
+    values = config.to_dict()
+    irregular, regular = irregularity(values), longest_regular(values)
+    if irregular:
+        raise NotCoveredError(irregular)
+    if regular is not None and (longest is None or longest > regular):
+        raise NotCoveredError(f"in rows of more than {regular} tokens attention or positions change")
     if causal.lm_head.bias is not None if hasattr(causal.lm_head, "bias") else True:
         raise NotCoveredError("the output head is more than a matrix")
     if len({causal.lm_head.weight.dtype, causal.model.embed_tokens.weight.dtype, causal.model.norm.weight.dtype}) > 1:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from qlora_trainer.fast.attention import Attended, Layout, attend, attend_backward
+from qlora_trainer.fast.heads import Heads
 from qlora_trainer.fast.linears import Group, wide_mm
 from qlora_trainer.fast.low_rank import Dropout, add_product, dropped
 from qlora_trainer.fast.norm import rms_norm, rms_norm_backward
 from qlora_trainer.fast.offload import Garage, Parked
-from qlora_trainer.fast.rope import rotate
 from qlora_trainer.fast.swiglu import Update, swiglu, swiglu_backward
 
 
@@ -27,9 +27,9 @@ class Batch:
 
     layout: Layout
     cos: torch.Tensor
-    """[T, D/2], float32."""
+    """Of the rotary embedding of R numbers of each head [T, R/2], float32."""
     sin: torch.Tensor
-    """[T, D/2], float32."""
+    """[T, R/2], float32."""
     seed: torch.Tensor
     """Of the dropout masks: one int64."""
     buffer: torch.Tensor
@@ -45,9 +45,9 @@ class Kept:
     x: torch.Tensor
     """The layer's input [T, H]."""
     qkv: torch.Tensor
-    """After the rotary embedding [T, (heads + 2 · key/value heads) · D]."""
+    """What `Heads` keeps of the product [T, (query heads + 2 · key heads) · D]."""
     attended: Attended
-    """[T, heads · D] and a float32 a head."""
+    """[T, query heads · D] and a float32 a head."""
     middle: torch.Tensor
     """The residual stream between attention and MLP [T, H]."""
     gate_up: torch.Tensor
@@ -63,9 +63,7 @@ class Layer:
     """A decoder layer: x + attention(norm(x)), then + mlp(norm(·))."""
 
     number: int
-    heads: int
-    key_value_heads: int
-    head_size: int
+    heads: Heads
     eps: float
     input_norm: torch.Tensor
     middle_norm: torch.Tensor
@@ -105,10 +103,8 @@ class Layer:
         roomy = self.qkv.with_room(x)
         rms_norm(x, self.input_norm, self.eps, out=roomy[:, : self.qkv.inputs])
         qkv, low_qkv = self._linear(self.qkv, roomy, batch, 0)
-        heads = self.heads + self.key_value_heads
-        rotated = qkv[:, : heads * self.head_size].view(-1, heads, self.head_size)
-        rotate(rotated, batch.cos, batch.sin, rotated)
-        attended = attended or attend(*self._split(qkv), batch.layout)
+        self.heads.settle(qkv, batch.cos, batch.sin)
+        attended = attended or attend(*self.heads.read(qkv, batch.cos, batch.sin), batch.layout)
         middle, low_out = self._linear(self.out, self.out.given_room(attended.out.flatten(1)), batch, 1)
         normed, _ = rms_norm(middle, self.middle_norm, self.eps, add=x)
         gate_up = self.gate_up.product(normed, batch.buffer)
@@ -151,12 +147,11 @@ class Layer:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         attended = kept.attended.out
         into, out_grads = self._backward_linear(self.out, grad, kept.low[1], attended.flatten(1), batch, 1)
-        split = self._split(kept.qkv)
-        grads = attend_backward(into.view_as(attended), *split, kept.attended, batch.layout)
-        for part_grad, part in zip(grads[:2], split[:2], strict=True):
-            rotate(part_grad, batch.cos, batch.sin, part, back=True)
-        split[2].copy_(grads[2])
-        del grads, into
+        read = self.heads.read(kept.qkv, batch.cos, batch.sin)
+        grads = attend_backward(into.view_as(attended), *read, kept.attended, batch.layout)
+        del read, into
+        self.heads.backward(grads, kept.qkv, batch.cos, batch.sin)
+        del grads
         normed, rstd = rms_norm(kept.x, self.input_norm, self.eps)
         into, qkv_grads = self._backward_linear(self.qkv, kept.qkv, kept.low[0], normed, batch, 0, to_input=to_input)
         if to_input:
@@ -188,17 +183,13 @@ class Layer:
         return Dropout(group.dropout, batch.seed, 4 * self.number + site) if group.dropout and group.rank else None
 
     def _updates(self, kept: Kept) -> tuple[Update, Update]:
-        """Of gate and up."""
-        group, updates = self.gate_up, []
-        for number in (0, 1):
-            rows, ranks = group.part(number)
-            updates.append(Update(kept.low[2][:, ranks], group.b[rows, ranks].T, group.scale))
+        """Of gate and up, whether they are two linear layers or one."""
+        group, width = self.gate_up, self.down.inputs
+        updates = []
+        for first in (0, width):
+            ranks = group.ranks_at(first)
+            updates.append(Update(kept.low[2][:, ranks], group.b[first : first + width, ranks].T, group.scale))
         return updates[0], updates[1]
-
-    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [T, heads, D], k and v [T, key/value heads, D]: views."""
-        heads, end = qkv.view(len(qkv), -1, self.head_size), self.heads + self.key_value_heads
-        return heads[:, : self.heads], heads[:, self.heads : end], heads[:, end:]
 
 
 def _adapter_gradients(

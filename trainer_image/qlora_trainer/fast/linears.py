@@ -125,11 +125,14 @@ class Group:
             views.append(self.b[row : row + linear.shape[0], column : column + linear.rank])
         return views
 
-    def part(self, number: int) -> tuple[slice, slice]:
-        """Outputs and ranks of one of the linears."""
-        row = sum(linear.shape[0] for linear in self.linears[:number])
-        column = sum(self.ranks[:number])
-        return slice(row, row + self.linears[number].shape[0]), slice(column, column + self.ranks[number])
+    def ranks_at(self, output: int) -> slice:
+        """The ranks that reach an output: those of the linear layer that it is one of."""
+        row = column = 0
+        for linear, rank in zip(self.linears, self.ranks, strict=True):
+            row, column = row + linear.shape[0], column + rank
+            if output < row:
+                return slice(column - rank, column)
+        raise IndexError(f"there is no output {output}")
 
     def weight(self, buffer: torch.Tensor) -> torch.Tensor:
         """The frozen weight [N, K], in the buffer where it isn't held: valid until another group's is asked for."""

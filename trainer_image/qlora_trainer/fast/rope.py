@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half-split layout (Llama, Mistral, Qwen2), from any strides to any strides."""
+"""Rotary position embedding in the half-split layout of all Llama-shaped models, from any strides to any strides."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ def rotate(
 ) -> None:
     """Rotate heads [T, heads, D] into `out` of the same shape; `back` undoes it, which is also its gradient.
 
-    cos and sin: [T, D/2], float32. source and out may be the same tensor, and need only their last dimension dense.
+    cos and sin: [T, R/2], float32. The first R ≤ D numbers of each head are rotated, the others stay what they are.
+    source and out may be the same tensor, and need only their last dimension dense.
     """
-    tokens, heads, size = source.shape
-    half = size // 2
+    half = cos.shape[1]
+    if 2 * half < source.shape[2]:
+        if out is not source:
+            out[..., 2 * half :] = source[..., 2 * half :]
+        source, out = source[..., : 2 * half], out[..., : 2 * half]
+    tokens, heads, _ = source.shape
     if not uses_kernels(source):
         one, two = source[..., :half].float(), source[..., half:].float()
         c, s = cos[:, None], -sin[:, None] if back else sin[:, None]

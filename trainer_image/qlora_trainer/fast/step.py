@@ -74,14 +74,19 @@ class Inputs:
 
 
 def start(
-    model: Any, plan: Plan, hardware: Hardware, backward: Callable[[torch.Tensor], None], shapes: Shapes
+    model: Any,
+    plan: Plan,
+    hardware: Hardware,
+    backward: Callable[[torch.Tensor], None],
+    shapes: Shapes,
+    longest: int,
 ) -> MicroStep | None:
-    """The fast path for a model; as graphs where its micro batches are replayable.
+    """The fast path for a model, in rows of at most `longest` tokens; as graphs where micro batches are replayable.
 
     None, with the reason among the degradations, where it can't be taken.
     """
     try:
-        decoder = _decoder(model, plan, hardware)
+        decoder = _decoder(model, plan, hardware, longest)
     except NotCoveredError as error:
         hardware.degrade(f"the layers run one operation at a time: {error}")
         return None
@@ -90,14 +95,14 @@ def start(
     return MicroStep(decoder, backward, graphs=graphs)
 
 
-def _decoder(model: Any, plan: Plan, hardware: Hardware) -> FastDecoder:
+def _decoder(model: Any, plan: Plan, hardware: Hardware, longest: int) -> FastDecoder:
     if torch.cuda.get_device_capability()[0] < 8:
         raise NotCoveredError("its attention needs a GPU of compute capability 8 or more")
     if plan.gpus > 1:
         raise NotCoveredError("it knows one GPU")
     if not hardware.types.narrow:
         raise NotCoveredError("quantization.computeDtype and training.precision aren't one 16-bit type")
-    decoder = FastDecoder(model, plan)
+    decoder = FastDecoder(model, plan, longest)
     decoder.check()
     return decoder
 

@@ -12,7 +12,7 @@ from typing import Any
 import bitsandbytes
 import torch
 
-from qlora_trainer.fast import cross_entropy, dispatch, low_rank, nf4, norm, rope, swiglu
+from qlora_trainer.fast import cross_entropy, dispatch, head_norm, low_rank, nf4, norm, rope, swiglu
 from qlora_trainer.fast.low_rank import Dropout
 from qlora_trainer.fast.swiglu import Update
 from qlora_trainer.formats import IGNORED
@@ -80,9 +80,25 @@ def rotated() -> Piece:
         whole = qkv.clone()
         heads = whole[:, : 9 * 16].view(5, 9, 16)
         rope.rotate(heads, cos, sin, heads)
-        back = torch.empty(5, 9, 16)
+        back, some = torch.empty(5, 9, 16), torch.empty(5, 9, 16)
         rope.rotate(heads, cos, sin, back, back=True)
-        return whole, back
+        rope.rotate(heads, cos[:, :6].contiguous(), sin[:, :6].contiguous(), some)
+        return whole, back, some
+
+    return piece
+
+
+def heads_normed() -> Piece:
+    """Of 12 heads, more than a program handles, with and beside others; sizes are no powers of two."""
+    product, weight, grad = torch.randn(5, 14 * 24), torch.randn(12, 24), torch.randn(12, 5, 24).transpose(0, 1)
+    cos, sin = torch.rand(5, 12), torch.rand(5, 12)
+
+    def piece() -> tuple[torch.Tensor, ...]:
+        whole, out = product.clone(), torch.zeros(5, 13, 24)
+        heads = whole.view(5, 14, 24)[:, :12]
+        head_norm.norm_and_rotate(heads, weight, cos, sin, 1e-5, out[:, :12])
+        head_norm.norm_and_rotate_backward(grad, heads, weight, cos, sin, 1e-5)
+        return out, whole
 
     return piece
 
@@ -139,6 +155,7 @@ PIECES = {
     "fp4": lambda: dequantized(quant_type="fp4"),
     "norm": normed,
     "rope": rotated,
+    "norm of heads": heads_normed,
     "dropout": dropped,
     "low-rank product": product_added,
     "swiglu": lambda: activated(adapters=True, dropout=None),

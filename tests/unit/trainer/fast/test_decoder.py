@@ -13,14 +13,19 @@ from torch import nn
 from torch.nn import functional
 
 from bench.models import Shape, build
-from qlora_trainer.fast import layer
+from qlora_trainer.fast import heads
 from qlora_trainer.fast.attention import Layout
 from qlora_trainer.fast.decoder import FastDecoder, NotCoveredError
 from qlora_trainer.fast.low_rank import Dropout
 from qlora_trainer.fast.optimizer import keep_small_states_resident
 from qlorajob.plan import Plan, Requests
 
-SHAPES = {"llama": Shape("llama", 64, 128, 2, 4, 2, 320), "qwen2": Shape("qwen2", 64, 128, 2, 4, 2, 320)}
+SHAPES = {
+    "llama": Shape("llama", 64, 128, 2, 4, 2, 320),
+    "qwen2": Shape("qwen2", 64, 128, 2, 4, 2, 320),
+    "qwen3": Shape("qwen3", 64, 128, 2, 6, 2, 320, head_size=16),
+    "phi3": Shape("phi3", 64, 128, 2, 4, 2, 320, rotated=0.75),
+}
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {"checkpointing": "none"},
     "partial": {"checkpointing": "partial", "checkpointed_layers": 1},
@@ -43,6 +48,12 @@ def _plan(policy: str = "none") -> Plan:
 def _model(family: str = "llama", dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
     torch.manual_seed(0)
     base = build(SHAPES[family], device="cpu", dtype=dtype)
+    if isinstance(lora.get("target_modules"), list):
+        lora["target_modules"] = SHAPES[family].named(lora["target_modules"])
+    return _adapted(base, **lora)
+
+
+def _adapted(base: Any, **lora: Any) -> Any:
     for parameter in base.parameters():
         if parameter.is_floating_point() and parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -129,21 +140,24 @@ def _change_by_adapter(model: Any, inputs: torch.Tensor) -> torch.Tensor:
         decoder = FastDecoder(model, _plan())
         with torch.no_grad():
             torch._foreach_copy_(decoder._copies, list[torch.Tensor](decoder.parameters))
-            batch = decoder._batch(torch.arange(len(inputs))[None], Layout(1))
+            # Rows of a few tokens: attention to many is their mean, which is as small as what is rounded away.
+            batch = decoder._batch(torch.arange(8).expand(len(inputs) // 8, 8), Layout(len(inputs) // 8))
             outputs.append(decoder.layers[0](inputs.to(decoder._head.dtype), batch).float())
     return outputs[1] - outputs[0]
 
 
 @pytest.mark.parametrize("policy", ["none", "full", "offloaded"])
+@pytest.mark.parametrize("family", SHAPES)
 def test_dropout_is_the_same_in_forward_and_backward(
-    policy: str, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    family: str, policy: str, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEFT's dropouts are given the fast path's masks: then even their gradients must agree."""
-    model = _model(lora_dropout=0.4)
+    model = _model(family, lora_dropout=0.4)
     decoder = FastDecoder(model, _plan(policy))
     seed = torch.tensor([99])
     monkeypatch.setattr(torch, "randint", lambda *_, **__: seed)
     sites = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+    sites |= {"qkv_proj": 0, "gate_up_proj": 2}
 
     class Mask(nn.Module):
         def __init__(self, site: int) -> None:
@@ -165,21 +179,24 @@ def test_dropout_is_the_same_in_forward_and_backward(
     _assert_close(_gradients(model, fast), expected)
 
 
-def test_packed_documents_are_trained_as_if_each_were_alone(ids: torch.Tensor) -> None:
-    model = _model()
+@pytest.mark.parametrize("policy", ["none", "full", "offloaded"])
+@pytest.mark.parametrize("family", SHAPES)
+def test_packed_documents_are_trained_as_if_each_were_alone(family: str, policy: str, ids: torch.Tensor) -> None:
+    model = _model(family)
     row, labels = ids[:1], ids[:1].clone()
     labels[0, 10] = -100  # the second document's first token: nothing comes before it
     positions = torch.cat([torch.arange(10), torch.arange(LENGTH - 10)])[None]
     layout = Layout(1, torch.tensor([0, 10, LENGTH, LENGTH], dtype=torch.int32), LENGTH)
-    packed = FastDecoder(model, _plan()).summed_loss(row, labels, positions, layout)
+    packed = FastDecoder(model, _plan(policy)).summed_loss(row, labels, positions, layout)
     gradients = _gradients(model, packed)
     alone = _plain(model, row[:, :10], labels[:, :10]) + _plain(model, row[:, 10:], labels[:, 10:])
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=0)
     _assert_close(gradients, _gradients(model, alone))
 
 
-def test_no_document_sees_another(ids: torch.Tensor) -> None:
-    decoder = FastDecoder(_model(), _plan())
+@pytest.mark.parametrize("family", SHAPES)
+def test_no_document_sees_another(family: str, ids: torch.Tensor) -> None:
+    decoder = FastDecoder(_model(family), _plan())
     labels = ids[:1].clone()
     labels[:, :11] = -100  # only the second document counts
     layout = Layout(1, torch.tensor([0, 10, LENGTH], dtype=torch.int32), LENGTH - 10)
@@ -187,6 +204,23 @@ def test_no_document_sees_another(ids: torch.Tensor) -> None:
     other[:, :10] = 7
     assert torch.equal(_fast(decoder, ids[:1], labels, layout), _fast(decoder, other, labels, layout))
     assert not torch.equal(_fast(decoder, ids[:1], labels), _fast(decoder, other, labels))
+
+
+def test_short_rows_have_longrope_s_short_frequencies_whatever_was_evaluated_before(ids: torch.Tensor) -> None:
+    factors = {"short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5], "long_factor": [8.0, 9.0, 10.0, 11.0, 12.0, 13.0]}
+    config = SHAPES["phi3"].config(128)
+    config.original_max_position_embeddings = LENGTH
+    config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": LENGTH, **factors}
+    model = _adapted(build(config, device="cpu", dtype=torch.float32))
+    with pytest.raises(NotCoveredError, match=f"more than {LENGTH} tokens"):
+        FastDecoder(model, _plan(), LENGTH + 1)
+    decoder = FastDecoder(model, _plan(), LENGTH)
+    with torch.no_grad():
+        long = model(input_ids=ids.repeat(1, 2), use_cache=False).logits[:, :LENGTH]
+        fast = _fast(decoder, ids, ids)
+        torch.testing.assert_close(fast, _plain(model, ids, ids), rtol=1e-5, atol=0)
+        short = model(input_ids=ids, use_cache=False).logits
+    assert float((long - short).norm() / short.norm()) > 1e-3
 
 
 def test_a_backward_pass_runs_once(ids: torch.Tensor) -> None:
@@ -201,22 +235,32 @@ def test_a_backward_pass_runs_once(ids: torch.Tensor) -> None:
     [
         (lambda model: setattr(model.config, "model_type", "gpt_neox"), "isn't of the Llama shape"),
         (lambda model: setattr(model.config, "hidden_act", "gelu"), "activation"),
-        (lambda model: setattr(model.config, "attention_dropout", 0.1), "attention has dropout"),
-        (lambda model: setattr(model.config, "layer_types", ["sliding_attention"]), "sliding window"),
-        (lambda model: setattr(model.model.rotary_emb, "rope_type", "dynamic"), "position embedding"),
+        (lambda model: setattr(model.config, "attention_dropout", 0.1), "have dropout"),
+        (lambda model: setattr(model.config, "rope_parameters", {"rope_type": "dynamic"}), "position embedding"),
         (lambda model: model.lm_head.weight.requires_grad_(), "is trained too"),
+        (lambda model: model.model.layers[0].self_attn.q_norm.weight.requires_grad_(), "q_norm.weight is trained too"),
         (lambda model: setattr(model.model.layers[0].mlp, "up_proj", nn.Identity()), "Identity"),
     ],
 )
 def test_a_model_that_is_not_covered_is_refused_with_the_reason(change: Any, reason: str) -> None:
-    model = _model()
+    model = _model("qwen3")
     change(model.get_base_model())
     with pytest.raises(NotCoveredError, match=reason):
         FastDecoder(model, _plan())
 
 
-def test_a_check_finds_the_modules_own_loss_and_leaves_no_trace() -> None:
-    model = _model(lora_dropout=0.1)
+def test_a_sliding_window_is_refused_where_rows_may_be_longer() -> None:
+    model = _model("qwen3")
+    model.config.use_sliding_window, model.config.sliding_window = True, 512
+    FastDecoder(model, _plan(), 512)
+    for longest in (513, None):
+        with pytest.raises(NotCoveredError, match="more than 512 tokens"):
+            FastDecoder(model, _plan(), longest)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_check_finds_the_modules_own_loss_and_leaves_no_trace(family: str) -> None:
+    model = _model(family, lora_dropout=0.1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.zeros_(parameter)
@@ -227,7 +271,7 @@ def test_a_check_finds_the_modules_own_loss_and_leaves_no_trace() -> None:
 
 
 def test_a_check_refuses_a_path_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "rotate", lambda *_, **__: None)
+    monkeypatch.setattr(heads, "rotate", lambda *_, **__: None)
     model = _model()
     model.get_base_model().lm_head.weight.data *= 20  # so that positions matter
     with pytest.raises(NotCoveredError, match="its loss is"):
@@ -238,7 +282,7 @@ def test_a_check_refuses_a_path_that_fails_on_this_machine(monkeypatch: pytest.M
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no kernel image is available\nand more")
 
-    monkeypatch.setattr(layer, "rotate", fail)
+    monkeypatch.setattr(heads, "rotate", fail)
     with pytest.raises(NotCoveredError, match=r"fails here: no kernel image is available$"):
         FastDecoder(_model(), _plan()).check(16)
 
