@@ -136,7 +136,8 @@ def table(measured: Sequence[Measured], constants: Calibration) -> str:
     ]
     for each in measured:
         point, work = each.point, each.workload
-        how = f"{min(point.checkpointed, work.facts.layers)}/{work.facts.layers}{' offloaded' if point.offload else ''}"
+        how = f"{min(point.checkpointed, work.facts.layers)}/{work.facts.layers}"
+        how += f"{' offloaded' if point.offload else ''}{' cached' if point.cached else ''}"
         rows = f"{point.rows} x {point.length}{' packed' if point.packing else ''}"
         predicted = peak(work, constants).total
         lines.append(

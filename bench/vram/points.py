@@ -39,6 +39,8 @@ class Point:
     packing: bool = False
     double_quant: bool = True
     accumulation: int = 2
+    cached: bool = False
+    """Weights are there in 16 bit too."""
 
     def spec(self, steps: int) -> QLoRAJobSpec:
         """The manifest's spec."""
@@ -85,7 +87,7 @@ class Point:
     def workload(self) -> Workload:
         """What the memory model is asked about: all rows are of one length."""
         facts = self.facts
-        shape = Shape(self.rows, min(self.checkpointed, facts.layers), offload=self.offload)
+        shape = Shape(self.rows, min(self.checkpointed, facts.layers), offload=self.offload, cached=self.cached)
         return replace(workload(self.spec(3), facts, GPU, shape, self.accumulation), changing=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -139,6 +141,9 @@ POINTS = (
     Point(QWEN_7B, 4, 512, checkpointed=0),
     Point(LLAMA3_8B, 1, 16384, offload=True),
     Point(QWEN_7B, 2, 4096, offload=True),
+    # Weights in 16 bit too
+    Point(LLAMA2_7B, 1, 512, checkpointed=0, cached=True),
+    Point(LLAMA3_8B, 4, 2048, checkpointed=0, cached=True),
     # Adapter and optimizer
     Point(LLAMA2_7B, 4, 1024, rank=64, targets=QV, dropout=0.1, optimizer="paged_adamw_32bit", double_quant=False),
     Point(LLAMA3_8B, 1, 1024, rank=256),

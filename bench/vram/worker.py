@@ -101,6 +101,7 @@ def measure(point: Point) -> dict[str, Any]:
         checkpointing="none" if not layers else "full" if layers == facts.layers else "partial",
         checkpointed_layers=layers,
         offload_checkpoints=point.offload,
+        cache_weights=point.cached,
     )
     hardware = Hardware.choose(spec, plan)  # first of all: it says how CUDA's memory is managed
     torch.cuda.init()  # type: ignore[no-untyped-call]

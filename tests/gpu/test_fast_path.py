@@ -192,6 +192,8 @@ def test_every_checkpointing_policy_gives_the_same_gradients(family: str, dropou
         {"checkpointing": "full"},
         {"checkpointing": "partial", "checkpointedLayers": 2},
         {"checkpointing": "full", "offloadCheckpoints": True},
+        {"checkpointing": "none", "cacheWeights": True},
+        {"checkpointing": "full", "cacheWeights": True},
     ):
         assert _error(gradients(**plan), expected) < 2e-3, plan
 
