@@ -73,12 +73,13 @@ class Columns:
 
     def text(self, row: Row, part: str) -> str:
         """The part of a row as text: empty where there is none, for which pandas writes NaN."""
-        value = row.values.get(self.names.get(part, ""))
-        if value is None or value != value:
+        name = self.names.get(part)
+        value = row.values.get(name) if name is not None else None
+        if name is None or value is None or value != value:
             return ""
         if isinstance(value, str | int | float):
-            return _whole(str(value), row, self.names[part])
-        message = f"dataset: {row.where}: column {self.names[part]} holds {type(value).__name__}, not text"
+            return _whole(str(value), row, name)
+        message = f"dataset: {row.where}: column {name} holds {type(value).__name__}, not text"
         raise StepError(Reason.DATASET_INVALID, message, field=f"dataset.columns.{part}")
 
 

@@ -75,6 +75,13 @@ def test_an_instruction_row_is_learnt_whole(tokenizer: Any) -> None:
     assert labels == ids
 
 
+def test_a_column_without_a_name_is_not_taken_for_one_that_is_absent(tokenizer: Any) -> None:
+    """The index that pandas writes before the columns of a CSV file."""
+    record = {"": "7", "instruction": "code of zulu", "output": "zul"}
+    ids, _ = _encode(tokenizer, record, template="{{ instruction }}>{{ input }}>{{ output }}") or ([], [])
+    assert tokenizer.decode(ids) == "code of zulu>>zul</s>"
+
+
 def test_of_prompt_and_completion_only_the_completion_is_learnt(tokenizer: Any) -> None:
     ids, labels = _encode(tokenizer, {"prompt": "code of zulu:", "completion": " zul"}) or ([], [])
     learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
