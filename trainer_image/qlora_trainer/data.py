@@ -113,6 +113,8 @@ def load_data(settings: Settings, tokenizer: Any) -> TrainingData:
         train, validation = train.chosen(~mask), replace(train.chosen(mask), rows=0, dropped=Counter())
     elif spec.validation is not None:
         own = _open_validation(settings)
+        if spec.validation.uri is None and own.digest == source.digest:
+            raise _same_rows(settings)
         validation = _encode(own, _validation_columns(own, encoder, settings), encoder, settings)
         digest = identity.digest([source.digest, own.digest])
     return _training_data(train, validation, encoder, digest, settings.spec)
@@ -196,6 +198,15 @@ def _open_validation(settings: Settings) -> Source:
         field=_validation_field(settings),
         split_field="dataset.validation.split",
     )
+
+
+def _same_rows(settings: Settings) -> StepError:
+    spec = settings.spec.dataset
+    message = (
+        f"dataset.validation.split: the validation rows are the training rows themselves: {spec.uri} has no splits, or "
+        "this is the one that is trained on; set dataset.validation.fraction, or dataset.validation.uri to other rows"
+    )
+    return StepError(Reason.DATASET_INVALID, message, field="dataset.validation.split")
 
 
 def _validation_columns(source: Source, encoder: Encoder, settings: Settings) -> list[str]:

@@ -103,6 +103,13 @@ def test_validation_may_be_a_dataset_of_its_own(job: Job, tokenizer: Any, write_
     assert (len(data.train.documents), len(data.validation.documents)) == (48, 1)
 
 
+def test_a_file_has_no_other_split_to_validate_on(job: Job, tokenizer: Any) -> None:
+    """Else the gate would ask for what has just been learnt."""
+    with pytest.raises(StepError, match="are the training rows themselves") as refused:
+        _load(job, tokenizer, validation={"split": "test", "fraction": None})
+    assert (refused.value.reason, refused.value.field) == (Reason.DATASET_INVALID, "dataset.validation.split")
+
+
 def test_validation_data_change_the_digest(job: Job, tokenizer: Any, write_rows: WriteRows) -> None:
     digests = set()
     for output in ("y", "z"):
