@@ -55,7 +55,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         """Start the clock."""
         self._began, self._tokens_before = time.monotonic(), self._tokens_seen()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Say how far it is and how fast."""
         timing = _Timing(time.monotonic() - self._began, self._tokens_seen() - self._tokens_before)
         self._recent.append(timing)
@@ -78,6 +78,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
                 peak=peak_memory(self._hardware),
                 predicted=self._predicted,
             )
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # or the loss that the run ends with would be one of many steps before
+        return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Pass losses on."""

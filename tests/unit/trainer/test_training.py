@@ -106,6 +106,17 @@ def test_the_validation_loss_has_an_interval_of_its_own_and_does_not_change_the_
     assert (again / path).read_bytes() == never
 
 
+def test_the_last_loss_is_that_of_the_last_step(job: Job) -> None:
+    """The report says so, whatever the interval."""
+    job.change(training={"maxSteps": 5, "loggingSteps": 3})
+    prepared = job.prepare()
+    done = job.train(prepared)
+    loss = job.result(prepared, "report.json")["loss"]
+    assert [point["step"] for point in loss["curve"]] == [1, 3, 5]
+    assert done.progress is not None
+    assert done.progress.loss == loss["last"] == loss["curve"][-1]["loss"]
+
+
 def test_gradient_checkpointing_does_not_change_the_result(job: Job) -> None:
     job.change(lora={"dropout": 0})
     plain = _last_loss(job)
