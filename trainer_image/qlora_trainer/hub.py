@@ -69,15 +69,30 @@ class HubSplit:
 def load_dataset(repo: str, commit: str, part: HubSplit) -> Any:
     """One split of a dataset at a commit, as `datasets` keeps it: in Arrow files on disk, mapped into memory."""
     from datasets import exceptions, load_dataset
+    from datasets.data_files import EmptyDatasetError
 
     try:
         with _translated(HubRepo(repo, commit), missing=Reason.DATASET_NOT_FOUND, field=part.field):
             return load_dataset(repo, part.subset, revision=commit, split=part.split)
-    except (exceptions.DatasetNotFoundError, exceptions.DataFilesNotFoundError) as error:
+    except (exceptions.DatasetNotFoundError, exceptions.DataFilesNotFoundError, EmptyDatasetError) as error:
         message = f"{part.field}: {first_line(error)}"
         raise StepError(Reason.DATASET_NOT_FOUND, message, field=part.field) from None
+    except FileNotFoundError as error:  # it was there just before, when it was asked for its commit
+        raise _unreachable(repo, part.field, error) from None
     except (ValueError, RuntimeError, exceptions.DatasetsError) as error:
         raise _unusable(repo, part, error) from None
+
+
+def dataset_files(repo: str, commit: str, part: HubSplit) -> Iterator[tuple[str, Path]]:
+    """The files that a dataset is made of: their names in the repository, and where they are on this machine."""
+    from datasets import load_dataset_builder
+    from huggingface_hub import hf_hub_download
+
+    with _translated(HubRepo(repo, commit), missing=Reason.DATASET_NOT_FOUND, field=part.field):
+        files = load_dataset_builder(repo, part.subset, revision=commit).config.data_files or {}
+        for url in dict.fromkeys(url for urls in files.values() for url in urls):
+            if name := url.partition(f"@{commit}/")[2]:  # else the file lies elsewhere, as a dataset's card may say
+                yield name, Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit))
 
 
 def _unusable(repo: str, part: HubSplit, error: Exception) -> StepError:
@@ -90,7 +105,8 @@ def _unusable(repo: str, part: HubSplit, error: Exception) -> StepError:
     if isinstance(error, ValueError) and "split" in said:
         message = f"{part.split_field}: {repo} has no split {part.split}: {first_line(error)}"
         return StepError(Reason.DATASET_NOT_FOUND, message, field=part.split_field)
-    message = f"{part.field}: {repo} can't be loaded: {first_line(error.__cause__ or error)}"
+    why = " ".join(str(error.__cause__ or error).split())[:300]
+    message = f"{part.field}: {repo} can't be loaded: {why}"
     return StepError(Reason.DATASET_INVALID, message, field=part.field)
 
 
@@ -119,8 +135,12 @@ def _translated(repo: HubRepo, *, missing: Reason, field: str) -> Iterator[None]
         message = f"the hub answered {status} when asked for {repo.repo}; it is tried again"
         raise StepError(Reason.STORAGE_UNAVAILABLE, message, field=field, code=ExitCode.TRANSIENT) from None
     except (httpx.TransportError, errors.LocalEntryNotFoundError, ConnectionError) as error:
-        message = f"{field}: the hub can't be reached for {repo.repo} ({type(error).__name__}); check HF_ENDPOINT"
-        raise StepError(Reason.ENDPOINT_UNREACHABLE, message, field=field, code=ExitCode.TRANSIENT) from None
+        raise _unreachable(repo.repo, field, error) from None
+
+
+def _unreachable(repo: str, field: str, error: Exception) -> StepError:
+    message = f"{field}: the hub can't be reached for {repo} ({type(error).__name__}); check HF_ENDPOINT"
+    return StepError(Reason.ENDPOINT_UNREACHABLE, message, field=field, code=ExitCode.TRANSIENT)
 
 
 def _gated(repo: HubRepo) -> str:

@@ -124,10 +124,23 @@ def _fetch(uri: str, settings: Settings, field: str) -> Path:
 def _open_hub(uri: str, part: hub.HubSplit) -> Source:
     repo = hub_repo(uri)
     commit = hub.resolve_dataset(repo, field=part.field)
-    table = hub.load_dataset(repo.repo, commit, part)
+    try:
+        table = hub.load_dataset(repo.repo, commit, part)
+    except StepError as error:
+        if error.reason is Reason.DATASET_INVALID:  # `datasets` says neither the file nor the line
+            for name, path in hub.dataset_files(repo.repo, commit, part):
+                _require_readable(path, name)
+        raise
 
     def rows() -> Iterator[Row]:
         for number, record in enumerate(table, start=1):
             yield Row(record, f"row {number}")
 
     return Source(rows, digest(["hub", commit, part.split]), schema=table.column_names)
+
+
+def _require_readable(path: Path, name: str) -> None:
+    """Read a file to its end. Raises StepError at the first broken row."""
+    if is_data_file(name):
+        for _ in read_file(path, name):
+            pass

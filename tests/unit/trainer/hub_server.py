@@ -26,6 +26,8 @@ class Hub(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.cut_off: set[str] = set()
         """Files whose download breaks off in the middle, every time."""
+        self.away: set[str] = set()
+        """Parts of paths that are answered with 503."""
         self.token = "hf_letmein"
         self.requested: list[str] = []
 
@@ -54,6 +56,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requested.append(self.path)
         path = unquote(urlsplit(self.path).path)
+        if any(part in path for part in self.server.away):
+            self._send(503, b"", {})
+            return
         for name, folder in self.server.repos.items():
             prefix = name.removeprefix("models/")
             if path.startswith((f"/api/{name}/", f"/{prefix}/resolve/")) or path == f"/api/{name}":

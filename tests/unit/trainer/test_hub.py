@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,6 +134,56 @@ def test_a_subset_may_be_named(job: Job, hub: Hub, subsets: None) -> None:
     report = _prepare(job.change(dataset=dataset), hub.endpoint)
     assert report.prepared is not None, report.message
     assert report.prepared.train_rows == 30
+
+
+@pytest.fixture
+def add_dataset(hub: Hub, tmp_path: Path) -> Callable[..., str]:
+    """Put a dataset of these files on the hub; returns its URI."""
+
+    def add(**files: str) -> str:
+        folder = tmp_path / "files"
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / f"{name}.jsonl").write_text(content)
+        hub.repos["datasets/org/files"] = folder
+        return "hf://org/files"
+
+    return add
+
+
+def test_a_broken_row_is_named_by_file_and_line(job: Job, hub: Hub, add_dataset: Callable[..., str]) -> None:
+    uri = add_dataset(first='{"text": "a"}\n', second='{"text": "b"}\n{"text": b\n')
+    report = _prepare(job.change(dataset={"uri": uri}), hub.endpoint)
+    assert (report.exit_code, report.reason) == (ExitCode.INVALID, Reason.DATASET_INVALID)
+    assert "dataset: second.jsonl line 2: not valid JSON" in report.message
+
+
+def test_files_with_other_columns_are_refused_with_their_names(
+    job: Job, hub: Hub, add_dataset: Callable[..., str]
+) -> None:
+    uri = add_dataset(first='{"text": "a"}\n', second='{"text": "b", "source": 1}\n')
+    report = _prepare(job.change(dataset={"uri": uri}), hub.endpoint)
+    assert (report.reason, report.field) == (Reason.DATASET_INVALID, "dataset.uri")
+    assert "source: int64" in report.message
+
+
+def test_a_dataset_without_files_is_not_tried_again(job: Job, hub: Hub, add_dataset: Callable[..., str]) -> None:
+    report = _prepare(job.change(dataset={"uri": add_dataset()}), hub.endpoint)
+    assert (report.exit_code, report.reason, report.field) == (
+        ExitCode.INVALID,
+        Reason.DATASET_NOT_FOUND,
+        "dataset.uri",
+    )
+
+
+def test_an_outage_while_a_dataset_is_looked_at_is_tried_again(job: Job, hub: Hub) -> None:
+    hub.away = {"/resolve/"}
+    report = _prepare(job.change(dataset={"uri": "hf://org/codes"}), hub.endpoint)
+    assert (report.exit_code, report.reason, report.field) == (
+        ExitCode.TRANSIENT,
+        Reason.ENDPOINT_UNREACHABLE,
+        "dataset.uri",
+    )
 
 
 def test_a_dataset_whose_download_breaks_off_is_tried_again(job: Job, hub: Hub) -> None:
