@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from qlora_trainer.checkpoint_files import Checkpoint, TensorInfo
+from qlora_trainer.remote_code import ready_models
 from qlorajob.errors import Reason, StepError
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,12 @@ def plan_merge(base: Path, adapter: Path, dtype: torch.dtype, *, trust_remote_co
         dtype: type of the merged floating-point weights; those that the model keeps in float32 stay so.
         trust_remote_code: whether code in the base's folder may run.
     """
+    ready_models()
     checkpoint = Checkpoint.open(base)
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.to("meta")  # code of a model's own may take memory all the same (torch's skip_init does)
     parameters = _parameters_by_key(model, checkpoint.tensors, dtype)
     tensors = tuple(
         TensorInfo(info.name, _dtype_of(info, parameters.get(info.name)), info.shape)

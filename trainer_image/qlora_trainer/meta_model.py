@@ -18,6 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_trainer.quirks import let_falcon_be_quantized, tell_output_head
+from qlora_trainer.remote_code import ready_models
 from qlora_vram.coverage import longest_regular
 from qlorajob.plan import LinearLayers, ModelFacts
 
@@ -33,6 +34,7 @@ class MetaModel:
     def __init__(self, config: Any, *, trust_remote_code: bool = False) -> None:
         """Build it from transformers' config. Raises what transformers raises for a model that is no such model."""
         let_falcon_be_quantized()
+        ready_models()
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         tell_output_head(self._model)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.packing import packing_refused
 from qlora_trainer.quirks import let_falcon_be_quantized, tell_output_head
+from qlora_trainer.remote_code import ready_models
 from qlora_trainer.settings import Settings
 from qlora_trainer.staging import staged_loading
 from qlora_trainer.tokenizer import trusts_remote_code
@@ -30,6 +31,7 @@ def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
     Raises StepError where not one layer is in 4 bit.
     """
     let_falcon_be_quantized()
+    ready_models()
     with staged_loading(on_gpu=hardware.on_gpu):
         model = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -59,6 +61,7 @@ def quantization_config(spec: QuantizationSpec, hardware: Hardware) -> BitsAndBy
 
 def load_16bit(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
     """The base model as it was published, on the CPU."""
+    ready_models()
     return AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.remote_code import ready_tokenizers
 from qlora_trainer.settings import Settings
 from qlorajob.errors import Reason, StepError, first_line
 
@@ -17,9 +18,10 @@ def load_tokenizer(folder: Path, settings: Settings) -> Any:
     """
     from transformers import AutoTokenizer
 
+    ready_tokenizers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusts_remote_code(settings))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # code of the model's own can fail in any way
         message = f"model.uri: {settings.spec.model.uri} has no usable tokenizer: {first_line(error)}"
         raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
     if tokenizer.eos_token is None:
