@@ -21,6 +21,7 @@ from qlora_trainer.quirks import let_falcon_be_quantized, tell_output_head
 from qlora_trainer.remote_code import ready_models
 from qlora_vram.coverage import longest_regular
 from qlorajob.plan import LinearLayers, ModelFacts
+from qlorajob.spec import LoraSpec
 
 FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "wqkv", "W_pack")
 """Names of a projection that makes queries, keys and values together."""
@@ -51,6 +52,14 @@ class MetaModel:
         """Module path of the output head."""
         head = self._model.get_output_embeddings()
         return next((name for name, module in self._model.named_modules() if module is head), "")
+
+    def adapts_experts(self, spec: LoraSpec) -> bool:
+        """Whether an adapter changes experts whose weights are stacked. Raises StepError where PEFT makes none."""
+        from peft.tuners.lora.layer import ParamWrapper
+
+        from qlora_trainer.model import add_adapter
+
+        return any(isinstance(module, ParamWrapper) for module in add_adapter(self._model, spec).modules())
 
     def facts(self, weight_bytes: int = 0) -> ModelFacts:
         """Counts by kind, read from the modules; so are widths that have no usual name in configs."""

@@ -93,7 +93,13 @@ def require_numbers(model: Any, step: int) -> None:
 
 
 def targets_refused(error: ValueError) -> StepError:
-    """The error that says to the user that PEFT finds no such layers."""
+    """The error that says to the user that PEFT finds no such layers, or won't have them as the manifest has."""
+    if "lora_dropout" in str(error):
+        message = (
+            "lora.dropout: PEFT adapts the experts of this model without dropout only; set 0, or name other layers in "
+            "lora.targetModules"
+        )
+        return StepError(Reason.UNSUPPORTED, message, field="lora.dropout")
     message = f"lora.targetModules: PEFT refuses: {first_line(error)}"
     return StepError(Reason.TARGET_MODULES_NOT_FOUND, message, field="lora.targetModules")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from qlora_trainer.libraries import import_transformers
+from qlora_trainer.libraries import import_bitsandbytes, import_transformers, importing_much
 from qlora_trainer.model_source import ModelSource
 from qlora_trainer.packing import packing_refused
 from qlora_trainer.settings import Settings
@@ -43,12 +43,15 @@ def inspect_model(source: ModelSource, settings: Settings) -> ModelFacts:
     raw = _raw_config(folder, settings.spec.model.uri)
     known = _known(raw, settings)
     own_code = trusts_remote_code(settings) and any(name.endswith(".py") for name in source.files.metadata)
-    import_transformers(with_torch=known is None or own_code)
+    mixture = known is not None and known.facts(0).expert_parameters > 0
+    import_transformers(with_torch=known is None or own_code or mixture)
     _check_remote_code(raw, settings)
     config = _load_config(folder, settings)
     model = known or _meta_model(config, settings)
     _check_target_modules(model, str(raw.get("model_type", "")), settings.spec)
     _check_packing(model, settings.spec)
+    if mixture:
+        _check_experts(config, settings)
     return model.facts(source.files.weight_bytes)
 
 
@@ -148,6 +151,21 @@ def _check_target_modules(model: Outline, model_type: str, spec: QLoRAJobSpec) -
     if heads:
         message = f"{field}: {heads[0]} is the output head, which stays as it is; take it off the list"
         raise StepError(Reason.UNSUPPORTED, message, field=field)
+
+
+def _check_experts(config: Any, settings: Settings) -> None:
+    """PEFT decides by the modules whether experts get an adapter, and refuses some; so it is asked."""
+    with importing_much():
+        import_bitsandbytes()
+        from qlora_trainer.meta_model import MetaModel
+
+    model = MetaModel(config, trust_remote_code=trusts_remote_code(settings))
+    if model.adapts_experts(settings.spec.lora) and settings.spec.merge.enabled:
+        message = (
+            "merge.enabled: an adapter on experts can't be merged; set false and load it beside the base, or name "
+            "other layers in lora.targetModules"
+        )
+        raise StepError(Reason.UNSUPPORTED, message, field="merge.enabled")
 
 
 def _check_packing(model: Outline, spec: QLoRAJobSpec) -> None:

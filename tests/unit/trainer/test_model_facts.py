@@ -130,6 +130,35 @@ def test_default_layers_of_a_family_without_any_are_refused(job: Job, model_of: 
         job.prepare()
 
 
+@pytest.fixture
+def mixture(model_of: ModelOf) -> Path:
+    """Experts whose weights are stacked in one parameter, as transformers has them."""
+    return model_of("mixtral", num_local_experts=2, num_experts_per_tok=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        ({}, "lora.dropout", "set 0, or name other layers in lora.targetModules"),
+        ({"lora": {"dropout": 0}, "merge": {"enabled": True}}, "merge.enabled", "set false"),
+        ({"lora": {"targetModules": "default"}}, "lora.targetModules", "PEFT"),
+    ],
+)
+def test_experts_that_peft_cannot_adapt_or_merge_are_refused_before_a_gpu_is_taken(
+    job: Job, mixture: Path, fields: dict[str, Any], field: str, words: str
+) -> None:
+    with pytest.raises(StepError, match=words) as refused:
+        job.change(model={"uri": f"file://{mixture}"}, **fields).prepare()
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lora": {"dropout": 0}}, {"lora": {"targetModules": ["q_proj"]}, "merge": {"enabled": True}}]
+)
+def test_experts_may_be_adapted_without_dropout_or_left_alone(job: Job, mixture: Path, fields: dict[str, Any]) -> None:
+    assert job.change(model={"uri": f"file://{mixture}"}, **fields).prepare().facts.expert_parameters
+
+
 @pytest.mark.parametrize("value", ["many", 0, -2, 2.5, None])
 def test_a_config_with_an_impossible_number_names_it(job: Job, model_of: ModelOf, value: Any) -> None:
     folder = model_of("llama", num_attention_heads=value)
