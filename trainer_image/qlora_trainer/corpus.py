@@ -46,6 +46,13 @@ class Corpus:
         return np.asarray([len(document) for document in self.documents], np.int64)
 
     @property
+    def largest_token(self) -> int:
+        """The largest id among all tokens."""
+        if isinstance(self.documents, Documents):
+            return self.documents.largest_token
+        return max(int(document.input_ids.max()) for document in self.documents)
+
+    @property
     def tokens(self) -> int:
         """Tokens of one pass, padding not counted."""
         return int(self.lengths.sum())
@@ -73,6 +80,11 @@ class Documents(Sequence[Document]):
 
     def __iter__(self) -> Iterator[Document]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def largest_token(self) -> int:
+        """The largest id in the file, so of those that weren't chosen too."""
+        return int(self._input_ids.max())
 
     def chosen(self, which: Any) -> Documents:
         """Some of them, by a slice, a mask or indices; in the same file."""

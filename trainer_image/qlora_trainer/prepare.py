@@ -6,13 +6,15 @@ Checks the output, the model and the data, names the run, counts its steps; and 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from qlora_trainer import gguf_export, merge, unsloth_backend
 from qlora_trainer.artifacts import RunStore, check_output, open_output
 from qlora_trainer.checkpoints import conclude, is_concluded
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
-from qlora_trainer.data import load_data
+from qlora_trainer.data import TrainingData, load_data
 from qlora_trainer.model_facts import inspect_model
 from qlora_trainer.model_source import open_model
 from qlora_trainer.patience import while_it_answers
@@ -50,8 +52,9 @@ def run(context: Context) -> None:
         clock.lap("gguf")
 
     data = load_data(settings, tokenizer)
-    for prompt in spec.evaluation.prompts:
-        data.encoder.prompt_ids(prompt)  # or the template would refuse it after the GPU is taken
+    # Or the template would refuse a prompt after the GPU is taken.
+    prompts = [data.encoder.prompt_ids(prompt) for prompt in spec.evaluation.prompts]
+    require_vectors(data, prompts, tokenizer, facts.vocabulary)
     clock.lap("data")
 
     run_id = identity.run_id(spec, model_revision=source.revision, dataset_digest=data.digest)
@@ -93,6 +96,18 @@ def refuse_unsupported(spec: QLoRAJobSpec) -> None:
     if isinstance(spec.resources.gpus, int) and spec.resources.gpus > 1:
         message = "resources.gpus: training on several GPUs comes with a later version; set 1 or auto"
         raise StepError(Reason.UNSUPPORTED, message, field="resources.gpus")
+
+
+def require_vectors(data: TrainingData, prompts: Sequence[Sequence[int]], tokenizer: Any, vocabulary: int) -> None:
+    """Refuse a tokenizer that got tokens which the model didn't: a GPU only says that an assertion failed."""
+    largest = max(corpus.largest_token for corpus in (data.train, data.validation) if corpus is not None)
+    largest = max(largest, *(token for prompt in prompts for token in prompt), 0)
+    if 0 < vocabulary <= largest:
+        message = (
+            f"model.uri: the tokenizer makes token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the "
+            f"model's embeddings end at {vocabulary - 1}: give the model with the tokenizer that it was trained with"
+        )
+        raise StepError(Reason.MODEL_INVALID, message, field="model.uri")
 
 
 def _summary(prepared: Prepared) -> str:

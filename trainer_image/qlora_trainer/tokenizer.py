@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from qlorajob.errors import Reason, StepError, first_line
 def load_tokenizer(folder: Path, settings: Settings) -> Any:
     """The model's tokenizer, padding on the right with a token that exists.
 
-    A model without a pad token pads with its end-of-text token. That is safe here, because padding is masked by its
-    position: an end of text that is really there is still learnt.
+    A model without a pad token, or without a vector for it, pads with its end-of-text token. That is safe here, because
+    padding is masked by its position: an end of text that is really there is still learnt.
     """
     from transformers import AutoTokenizer
 
@@ -27,10 +28,18 @@ def load_tokenizer(folder: Path, settings: Settings) -> Any:
     if tokenizer.eos_token is None:
         message = f"model.uri: the tokenizer of {settings.spec.model.uri} has no end-of-text token"
         raise StepError(Reason.MODEL_INVALID, message, field="model.uri")
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= _vectors(folder, settings):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _vectors(folder: Path, settings: Settings) -> float:
+    """Tokens that the model has a vector for, as its config says."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trusts_remote_code(settings))
+    return getattr(config.get_text_config(), "vocab_size", None) or math.inf
 
 
 def trusts_remote_code(settings: Settings) -> bool:

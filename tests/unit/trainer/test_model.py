@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from qlora_trainer import hardware as hardware_module
 from qlora_trainer.evaluation import measuring
@@ -87,6 +90,39 @@ def test_a_model_in_which_packed_rows_see_each_other_is_refused(
 def test_a_missing_pad_token_becomes_the_end_token(job: Job, model_folder: Path) -> None:
     tokenizer = load_tokenizer(model_folder, job.settings())
     assert (tokenizer.pad_token, tokenizer.padding_side) == ("</s>", "right")
+
+
+@pytest.fixture
+def enlarge(job: Job, model_folder: Path) -> Callable[[Callable[[Any], object]], Path]:
+    """The model with tokens that its tokenizer has got since, and its embeddings haven't."""
+
+    def change(add: Callable[[Any], object]) -> Path:
+        folder = job.folder / "enlarged"
+        shutil.copytree(model_folder, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        add(tokenizer)
+        tokenizer.save_pretrained(folder)
+        job.change(model={"uri": f"file://{folder}"})
+        return folder
+
+    return change
+
+
+def test_a_pad_token_without_a_vector_becomes_the_end_token(
+    job: Job, enlarge: Callable[[Callable[[Any], object]], Path]
+) -> None:
+    folder = enlarge(lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "<pad>"}))
+    assert load_tokenizer(folder, job.settings()).pad_token == "</s>"
+    job.train(job.prepare(), micro_batch=2)
+
+
+def test_a_token_without_a_vector_is_named_before_a_gpu_is_taken(
+    job: Job, enlarge: Callable[[Callable[[Any], object]], Path]
+) -> None:
+    enlarge(lambda tokenizer: tokenizer.add_tokens(["zulu"]))
+    with pytest.raises(StepError, match=r"makes token \d+ \('zulu'\), but .* embeddings end at \d+") as refused:
+        job.prepare()
+    assert (refused.value.reason, refused.value.field) == (Reason.MODEL_INVALID, "model.uri")
 
 
 def test_measuring_leaves_random_state_and_mode_as_they_were() -> None:
