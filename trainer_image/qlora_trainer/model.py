@@ -10,6 +10,7 @@ from typing import Any
 import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.hardware import Hardware
@@ -32,14 +33,18 @@ def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
     """
     let_falcon_be_quantized()
     ready_models()
-    with staged_loading(on_gpu=hardware.on_gpu):
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            quantization_config=quantization_config(settings.spec.quantization, hardware),
-            dtype=hardware.compute_dtype,  # else some models come as float32
-            device_map={"": 0 if hardware.on_gpu else "cpu"},
-            trust_remote_code=trusts_remote_code(settings),
-        )
+    try:
+        with staged_loading(on_gpu=hardware.on_gpu):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                quantization_config=quantization_config(settings.spec.quantization, hardware),
+                dtype=hardware.compute_dtype,  # else some models come as float32
+                device_map={"": 0 if hardware.on_gpu else "cpu"},
+                trust_remote_code=trusts_remote_code(settings),
+            )
+    except SafetensorError as error:
+        message = f"model.uri: the weights of {settings.spec.model.uri} can't be read: {first_line(error)}"
+        raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
     tell_output_head(model)
     require_quantized_layers(model)
     _keep_cpu_weights_trainable(model)

@@ -16,7 +16,7 @@ from qlora_trainer.evaluation import measuring
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.model import add_adapter, describe, load_quantized, require_isolated_documents
 from qlora_trainer.tokenizer import load_tokenizer
-from qlorajob.errors import Reason, StepError
+from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.plan import Plan
 from qlorajob.precision import NumberTypes
 from qlorajob.spec import QLoRAJobSpec
@@ -85,6 +85,16 @@ def test_a_model_in_which_packed_rows_see_each_other_is_refused(
     with pytest.raises(StepError, match="packed rows would see each other") as refused:
         require_isolated_documents(model)
     assert (refused.value.reason, refused.value.field) == (Reason.UNSUPPORTED, "training.packing")
+
+
+def test_weights_that_are_cut_off_are_told_and_not_tried_again(job: Job, model_folder: Path) -> None:
+    broken = job.folder / "broken"
+    shutil.copytree(model_folder, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(StepError, match=r"model\.uri: the weights of .* can't be read") as refused:
+        _load(job, broken)
+    assert (refused.value.reason, refused.value.code) == (Reason.MODEL_INVALID, ExitCode.INVALID)
 
 
 def test_a_missing_pad_token_becomes_the_end_token(job: Job, model_folder: Path) -> None:
