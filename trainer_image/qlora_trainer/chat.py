@@ -125,10 +125,28 @@ class ChatRenderer:
 
     def conversation(self, messages: list[Message], where: str, tools: Tools | None = None) -> tuple[str, list[Span]]:
         """The text of a conversation, and the spans of it that the assistant says, up to the end of each turn."""
+        text, spans = self._spoken(messages, where, tools)
+        if spans and messages[-1]["role"] == "assistant" and self._leaves_turns_open:
+            start, end = spans[-1]
+            text = text[:end] + self._tokenizer.eos_token
+            spans = [*spans[:-1], (start, len(text))]
+        return text, spans
+
+    def _spoken(self, messages: list[Message], where: str, tools: Tools | None = None) -> tuple[str, list[Span]]:
+        """What the template makes of it."""
         if self._marked_template is not None:
             return self._marked(messages, where, self._marked_template, tools)
         text = self._render(messages, where, tools=tools)
         return text, self._spans_by_prefix(messages, text, where, tools)
+
+    @cached_property
+    def _leaves_turns_open(self) -> bool:
+        """Whether nothing tells that an answer ends here: the model would never learn to stop."""
+        try:
+            text, _ = self._spoken(PROBE[:2], where="a probe")
+        except StepError:  # a template that wants more than that
+            return False
+        return text.rstrip().endswith(PROBE[1]["content"])
 
     @cached_property
     def _marked_template(self) -> str | None:

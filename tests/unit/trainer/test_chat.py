@@ -103,6 +103,18 @@ def test_the_templates_of_the_usual_families_are_understood(tokenizer: Any, name
     assert learnt(with_template(tokenizer, of_trl(name)), CONVERSATION) == expected
 
 
+@pytest.mark.parametrize("line_break", ["", "\n"])
+def test_a_template_that_leaves_the_last_turn_open_gets_an_end_to_learn(tokenizer: Any, line_break: str) -> None:
+    """GLM's: the next question's heading ends an answer, and after the last one comes none."""
+    glm = with_template(
+        tokenizer,
+        "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}" + line_break + "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    )
+    assert learnt(glm, CONVERSATION) == "zulewe</s>"
+    assert learnt(glm, [*CONVERSATION, {"role": "user", "content": "thanks"}]) == "zulewe"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     with pytest.raises(StepError, match=r"writes a turn differently when another one follows.*line 1") as refused:
         learnt(with_template(tokenizer, FORGETFUL), CONVERSATION)
