@@ -43,7 +43,9 @@ def read_document(path: Path) -> dict[str, Any]:
         raise ManifestError(f"{path} is not a manifest: its lists and mappings are nested too deeply") from None
     jobs = [doc for doc in documents if isinstance(doc, dict) and doc.get("kind") == KIND]
     if len(jobs) != 1:
-        raise ManifestError(f"{path} holds {len(jobs)} {KIND} manifests; it must hold exactly one")
+        others = sorted({str(doc["kind"]) for doc in documents if isinstance(doc, dict) and doc.get("kind")} - {KIND})
+        there = f", but {', '.join(others)}" if others and not jobs else ""
+        raise ManifestError(f"{path} holds {len(jobs)} {KIND} manifests{there}; it must hold exactly one")
     found: dict[str, Any] = jobs[0]
     return found
 

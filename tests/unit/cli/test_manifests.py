@@ -46,6 +46,11 @@ def test_exactly_one_job_is_wanted(write: Callable[[str], Path], text: str, coun
         load_manifest(write(text))
 
 
+def test_a_kind_that_is_spelt_otherwise_is_shown(write: Callable[[str], Path]) -> None:
+    with pytest.raises(ManifestError, match="holds 0 QLoRAJob manifests, but QloraJob; it must hold exactly one"):
+        load_manifest(write(JOB.replace("QLoRAJob", "QloraJob")))
+
+
 def test_what_is_no_yaml_is_said_with_its_line(write: Callable[[str], Path]) -> None:
     with pytest.raises(ManifestError, match="line 2"):
         load_manifest(write("kind: QLoRAJob\n  bad: ["))
