@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.packing import packing_refused
 from qlora_trainer.quirks import let_falcon_be_quantized, tell_output_head
-from qlora_trainer.remote_code import ready_models
+from qlora_trainer.remote_code import ready_models, restore_buffers
 from qlora_trainer.settings import Settings
 from qlora_trainer.staging import staged_loading
 from qlora_trainer.tokenizer import trusts_remote_code
@@ -45,6 +45,7 @@ def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
     except SafetensorError as error:
         message = f"model.uri: the weights of {settings.spec.model.uri} can't be read: {first_line(error)}"
         raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
+    restore_buffers(model, folder)
     tell_output_head(model)
     require_quantized_layers(model)
     _keep_cpu_weights_trainable(model)
@@ -67,12 +68,14 @@ def quantization_config(spec: QuantizationSpec, hardware: Hardware) -> BitsAndBy
 def load_16bit(folder: Path, settings: Settings, dtype: torch.dtype) -> Any:
     """The base model as it was published, on the CPU."""
     ready_models()
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,
         device_map={"": "cpu"},
         trust_remote_code=trusts_remote_code(settings),
     )
+    restore_buffers(model, folder)
+    return model
 
 
 def add_adapter(model: Any, spec: LoraSpec) -> Any:

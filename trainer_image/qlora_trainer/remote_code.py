@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache, wraps
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,27 @@ def ready_tokenizers() -> None:
     from transformers.models.auto import tokenization_auto
 
     _ready_what_is_found(tokenization_auto, _ready_tokenizer)
+
+
+def restore_buffers(model: Any, folder: Path) -> None:
+    """Give the buffers of a model with its own code the values that the code makes them with, such as rotary angles.
+
+    transformers builds models without memory, and knows what the buffers of its own models hold. Those of others that
+    aren't in the files are left with whatever was in the memory that they got.
+    """
+    if not type(model).__module__.startswith("transformers_modules."):
+        return
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    from qlora_trainer.checkpoint_files import Checkpoint
+
+    read = Checkpoint.open(folder).tensors
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        twin = type(model)(model.config)
+    for name, made in twin.named_buffers():
+        if name not in read:
+            model.get_buffer(name).copy_(made)
 
 
 def _ready_what_is_found(module: ModuleType, ready: Callable[[type], type]) -> None:

@@ -1,7 +1,8 @@
 """The model: each layer adds to a token what it makes of the mean of all tokens up to it.
 
 As ChatGLM2's code does: no GenerationMixin and no post_init, a cache of tuples, `max_length` read from the config, an
-output head that `get_output_embeddings` doesn't tell, and layers built where memory is, without values.
+output head that `get_output_embeddings` doesn't tell, layers built where memory is, without values; and, as Baichuan's,
+a buffer that no file holds.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ class OldTransformer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.embedding = nn.Embedding(config.words, width)
+        self.register_buffer("scale", torch.linspace(0.5, 1, width), persistent=False)
         self.layers = nn.ModuleList(skip_init(nn.Linear, width, width) for _ in range(config.num_hidden_layers))
         self.output_layer = skip_init(nn.Linear, width, config.words, bias=False)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Hidden states."""
-        hidden, seen = self.embedding(ids), mask.unsqueeze(-1)
+        hidden, seen = self.embedding(ids) * self.scale, mask.unsqueeze(-1)
         for layer in self.layers:
             hidden = hidden + layer((hidden * seen).cumsum(1) / seen.cumsum(1).clamp(min=1)).tanh()
         return hidden

@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_trainer.remote_code import ready_models, ready_tokenizers
+from qlora_trainer.hardware import Hardware
+from qlora_trainer.model import load_16bit, load_quantized
+from qlora_trainer.tokenizer import load_tokenizer
 from qlorajob.errors import Reason, StepError
+from qlorajob.precision import NumberTypes
 from qlorajob.status import Prepared
 from tests.unit.trainer.jobs import Job
 
@@ -103,15 +106,20 @@ def test_weights_that_were_not_trained_come_out_of_the_merge_as_they_went_in(don
     assert changed == {f"transformer.layers.{number}.weight" for number in range(LAYERS)}
 
 
+def test_a_buffer_that_is_in_no_file_holds_what_the_code_puts_there(done: Done, model: Path) -> None:
+    hardware, expected = Hardware("cpu", NumberTypes("float32", "fp32"), "adamw_torch"), torch.linspace(0.5, 1, WIDTH)
+    torch.full((1 << 20,), torch.nan)  # memory that is free again, and may be taken next
+    for loaded in (
+        load_quantized(model, done.job.settings(), hardware),
+        load_16bit(model, done.job.settings(), torch.float32),
+    ):
+        torch.testing.assert_close(loaded.transformer.scale, expected)
+
+
 def test_a_prompt_s_answer_does_not_depend_on_those_beside_it(done: Done) -> None:
     """Greedy, from logits of the code's own; prompts of different lengths are asked together."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    ready_models()
-    ready_tokenizers()
-    merged = done.folder / "merged"
-    model = AutoModelForCausalLM.from_pretrained(merged, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=True)
+    merged, settings = done.folder / "merged", done.job.settings()
+    model, tokenizer = load_16bit(merged, settings, torch.float32).eval(), load_tokenizer(merged, settings)
     for entry in done.report["prompts"]:
         ids = torch.tensor([tokenizer(entry["text"])["input_ids"]])
         asked = ids.shape[1]
