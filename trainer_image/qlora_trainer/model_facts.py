@@ -41,6 +41,7 @@ def inspect_model(source: ModelSource, settings: Settings) -> ModelFacts:
     """
     folder = source.metadata_folder()
     raw = _raw_config(folder, settings.spec.model.uri)
+    source.files.check_parts(settings.spec.model.uri, folder)
     known = _known(raw, settings)
     own_code = trusts_remote_code(settings) and any(name.endswith(".py") for name in source.files.metadata)
     mixture = known is not None and known.facts(0).expert_parameters > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,6 +22,7 @@ FIELD = "model.uri"
 METADATA = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 """Config, tokenizer, chat template, remote code: small, and all that prepare needs."""
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "*.safetensors", "*.bin"
+WHOLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 NOT_THE_MODEL = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.*", "consolidated*.safetensors")
 
 
@@ -51,10 +53,33 @@ class ModelFiles:
             message = f"{FIELD}: {uri} has no weights (*.safetensors or *.bin)"
             raise StepError(Reason.MODEL_INVALID, message, field=FIELD)
 
+    def check_parts(self, uri: str, folder: Path) -> None:
+        """Refuse weights of which a part is missing, as after an upload that ended early. `folder` has the metadata."""
+        for whole in WHOLE_WEIGHTS:
+            if whole in self.weights:
+                return
+            if (index := f"{whole}.index.json") in self.metadata:
+                missing = sorted(_parts(folder / index, uri) - self.weights.keys())
+                if missing:
+                    message = f"{FIELD}: {uri} lacks weights: {index} names {missing[0]}, which isn't there"
+                    raise StepError(Reason.MODEL_INVALID, message, field=FIELD)
+                return
+        message = f"{FIELD}: {uri} has neither {' nor '.join(WHOLE_WEIGHTS)}, nor an index of parts (….index.json)"
+        raise StepError(Reason.MODEL_INVALID, message, field=FIELD)
+
     @property
     def weight_bytes(self) -> int:
         """Size of the download."""
         return sum(self.weights.values())
+
+
+def _parts(index: Path, uri: str) -> set[str]:
+    """The files that an index names."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message = f"{FIELD}: {index.name} of {uri} isn't an index of weights"
+        raise StepError(Reason.MODEL_INVALID, message, field=FIELD) from None
 
 
 class ModelSource(Protocol):

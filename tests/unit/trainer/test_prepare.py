@@ -165,6 +165,30 @@ def test_a_model_that_cannot_be_trained_is_refused(
 REMOTE_CODE = {"model_type": "chatglm", "auto_map": {"AutoModelForCausalLM": "modeling.ChatGLM"}}
 
 
+@pytest.mark.parametrize(
+    ("without", "words"),
+    [
+        ("model-00002-*", "lacks weights: model.safetensors.index.json names model-00002-of-"),
+        ("*.index.json", "has neither model.safetensors nor pytorch_model.bin, nor an index of parts"),
+    ],
+)
+def test_a_model_of_which_a_part_is_missing_is_refused(
+    job: Job, model_folder: Path, tmp_path: Path, without: str, words: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "parts"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(folder, max_shard_size="60KB")
+    job.change(model={"uri": f"file://{folder}"})
+    assert job.prepare().facts.layers == 2
+    for file in folder.glob(without):
+        file.unlink()
+    refusal = _refusal(job)
+    assert (refusal.reason, refusal.field) == (Reason.MODEL_INVALID, "model.uri")
+    assert words in refusal.message
+
+
 def test_a_model_with_code_of_its_own_needs_trust(job: Job, changed_model: ChangedModel) -> None:
     refusal = _refusal(job.change(model={"uri": f"file://{changed_model(**REMOTE_CODE)}"}))
     assert (refusal.reason, refusal.field) == (Reason.REMOTE_CODE_REFUSED, "model.trustRemoteCode")
