@@ -6,12 +6,15 @@ GPU with bfloat16, and for the one without it that the recipe ran on. Steps are 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from qlora_trainer import unsloth_backend
 from qlora_trainer.data import load_data
 from qlora_trainer.formats import IGNORED
 from qlora_trainer.hardware import Hardware
@@ -277,6 +280,29 @@ def test_r1_the_model_has_no_cache_and_no_tensor_parallelism(job: Job, tiny_llam
     hardware = Hardware("cpu", NumberTypes("float32", "fp32"), "adamw_torch")
     model = load_quantized(tiny_llama, job.settings(), hardware)
     assert (model.config.use_cache, model.config.pretraining_tp) == (False, 1)
+
+
+def test_r2_s_alternative_reaches_unsloth(job: Job, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same manifest with another backend and length. Unsloth itself isn't here; what it is called with is."""
+    wire = spec_of("r2-qwen2-7b-instructions").to_wire()
+    training = wire["training"] | {"backend": "unsloth", "maxSequenceLength": 2048, "maxSteps": None}
+    job.change(lora=wire["lora"], quantization=wire["quantization"], training=training)
+    called: dict[str, dict[str, Any]] = {}
+    model = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
+    fast = SimpleNamespace(
+        from_pretrained=lambda folder, **options: (called.update(base=options) or model, None),
+        get_peft_model=lambda model, **options: called.update(adapter=options),
+    )
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=fast))
+    monkeypatch.setattr("qlora_trainer.model.require_quantized_layers", lambda model: None)
+    settings, hardware = job.settings(), Hardware("cuda", NumberTypes("float16", "fp16"), "paged_adamw_8bit")
+    planned = build("r2-qwen2-7b-instructions", FP16_GPU).plan
+    unsloth_backend.load(tiny_llama, load_tokenizer(tiny_llama, settings), settings, planned, hardware)
+    base, adapter = called["base"], called["adapter"]
+    assert (base["load_in_4bit"], base["dtype"], base["max_seq_length"]) == (True, FP16, 2048)
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"], adapter["bias"]) == (16, 32, 0.05, "none")
+    assert set(adapter["target_modules"]) == build("r2-qwen2-7b-instructions", FP16_GPU).value("lora.target_modules")
+    assert base["use_gradient_checkpointing"] == adapter["use_gradient_checkpointing"] is not False
 
 
 @pytest.mark.parametrize("recipe", TABLES)
