@@ -123,8 +123,9 @@ class Cutter:
         return cached if cut.engine == "fast" and gains and fits else cut
 
     def _fastest_without_cache(self) -> Workload | None:
-        """Checkpoints leave the GPU only if they must."""
-        cuts = list(self._fitting(offload=False)) or list(self._fitting(offload=True))
+        """Checkpoints leave the GPU only if they must; Unsloth's always do."""
+        own_way = self.spec.training.backend == "unsloth" and self.may_offload
+        cuts = ([] if own_way else list(self._fitting(offload=False))) or list(self._fitting(offload=True))
         speeds = [(tokens_per_second(cut, self.option.gpu), cut) for cut in cuts]
         if not speeds:
             return None

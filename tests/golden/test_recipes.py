@@ -21,7 +21,9 @@ from qlora_trainer.hardware import Hardware
 from qlora_trainer.model import add_adapter, load_quantized
 from qlora_trainer.tokenizer import load_tokenizer
 from qlora_trainer.training import make_trainer
+from qlora_vram.changes import with_field
 from qlora_vram.gpus import SHIPPED
+from qlora_vram.planner import plan
 from qlorajob.plan import Plan
 from qlorajob.precision import NumberTypes
 from qlorajob.spec import LoraSpec
@@ -296,13 +298,16 @@ def test_r2_s_alternative_reaches_unsloth(job: Job, tiny_llama: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=fast))
     monkeypatch.setattr("qlora_trainer.model.require_quantized_layers", lambda model: None)
     settings, hardware = job.settings(), Hardware("cuda", NumberTypes("float16", "fp16"), "paged_adamw_8bit")
-    planned = build("r2-qwen2-7b-instructions", FP16_GPU).plan
+    alternative = with_field(spec_of("r2-qwen2-7b-instructions"), "training.backend", "unsloth")
+    planned = plan(alternative, facts_of("r2-qwen2-7b-instructions"), [gpu_class(FP16_GPU)])
+    assert isinstance(planned, Plan)
     unsloth_backend.load(tiny_llama, load_tokenizer(tiny_llama, settings), settings, planned, hardware)
     base, adapter = called["base"], called["adapter"]
     assert (base["load_in_4bit"], base["dtype"], base["max_seq_length"]) == (True, FP16, 2048)
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"], adapter["bias"]) == (16, 32, 0.05, "none")
     assert set(adapter["target_modules"]) == build("r2-qwen2-7b-instructions", FP16_GPU).value("lora.target_modules")
-    assert base["use_gradient_checkpointing"] == adapter["use_gradient_checkpointing"] is not False
+    # Its own gradient checkpointing, as the table has it, is called by its name.
+    assert base["use_gradient_checkpointing"] == adapter["use_gradient_checkpointing"] == "unsloth"
 
 
 @pytest.mark.parametrize("recipe", TABLES)

@@ -13,11 +13,14 @@ from qlora_vram.facts import model_facts
 from qlora_vram.gpus import SHIPPED
 from qlora_vram.memory import peak
 from qlora_vram.observations import job_of
+from qlora_vram.planner import plan
 from qlora_vram.workload import Shape, Workload
 from qlora_vram.workload import workload as workload_of
+from qlorajob.plan import Plan
+from tests.support import models
 from tests.unit.vram.workloads import spec
 
-RESULTS = Path(__file__).parents[3] / "docs/results/speed/results.json"
+RESULTS = Path(__file__).parents[3] / "docs/results/speed/h200/results.json"
 H100 = next(gpu for gpu in SHIPPED if gpu.name == "H100")
 MEASURED = {
     each["case"]: max(each["driver_gib"], each["reserved_gib"])
@@ -58,3 +61,17 @@ def test_it_is_planned_as_the_plain_path_and_known_by_its_own_name() -> None:
     found, fast = _workload("r1", "unsloth"), _workload("r1", "hf")
     assert (found.engine, fast.engine) == ("plain", "fast")
     assert job_of(found, "H100", "image") != job_of(fast, "H100", "image")
+
+
+@pytest.mark.parametrize(
+    ("asked", "checkpointing", "in_host_memory"),
+    [(True, "full", True), (False, "none", False), ("auto", "none", False)],
+)
+def test_checkpoints_wait_in_host_memory_as_unsloth_s_own_do(
+    asked: bool | str, checkpointing: str, in_host_memory: bool
+) -> None:
+    """Recipe R2's alternative asks for "its own gradient checkpointing", whose host memory the pod must have."""
+    job = spec(resources={"gpuClass": "H100"}, training={"backend": "unsloth", "gradientCheckpointing": asked})
+    found = plan(job, models.facts("Llama-2-7B"))
+    assert isinstance(found, Plan)
+    assert (found.checkpointing, found.offload_checkpoints) == (checkpointing, in_host_memory)
