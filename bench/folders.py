@@ -25,7 +25,7 @@ def save_model(shape: Shape, folder: Path, *, max_length: int = 8192) -> Path:
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape.config(max_length), dtype=torch.bfloat16)
-    _tokenizer().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     model.save_pretrained(folder, max_shard_size="2GB")
     del model
     if device == "cuda":
@@ -33,7 +33,8 @@ def save_model(shape: Shape, folder: Path, *, max_length: int = 8192) -> Path:
     return folder
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
+    """Of WORDS words, which spaces keep apart. It has no token for padding."""
     words = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, WORDS)}}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

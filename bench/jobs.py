@@ -46,8 +46,11 @@ def plan_of(spec: QLoRAJobSpec, *, rows: int, gpus: int = 1, **cut: Any) -> Plan
 def settings_of(
     spec: QLoRAJobSpec, folder: Path, *, plan: Plan | None = None, prepared: Prepared | None = None
 ) -> Settings:
-    """What the trainer is told, with `folder` for its scratch files."""
-    config = RunConfig(namespace="", name="bench", key=prepare_key(spec), spec=spec, plan=plan, prepared=prepared)
+    """What the trainer is told, with `folder` for its scratch files. Code that the manifest trusts may run."""
+    config = RunConfig(
+        namespace="", name="bench", key=prepare_key(spec), spec=spec, plan=plan, prepared=prepared,
+        allow_remote_code=spec.model.trust_remote_code,
+    )  # fmt: skip
     return Settings(config=config, metrics_port=0, mount_root=folder / "mounts", work_dir=folder / "work")
 
 

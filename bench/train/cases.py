@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,8 +56,12 @@ _QWEN3, _PHI4 = Case("qwen3", "qwen3-8b", 4, 2048), Case("phi4", "phi-4", 4, 204
 _REAL = Case("8b-real", "llama-3-8b", 4, 2048, mean_length=250)
 
 
-def _auto(case: Case) -> Case:
-    return replace(case, name=f"{case.name}-auto", checkpointing="none", cached=True)
+def _auto(case: Case, *, cached: bool = True) -> Case:
+    return replace(case, name=f"{case.name}-auto", checkpointing="none", cached=cached)
+
+
+def _uncached(case: Case) -> Case:
+    return replace(case, name=f"{case.name}-uncached", checkpointing="none")
 
 
 def _offloaded(case: Case) -> Case:
@@ -67,7 +72,8 @@ CASES = {
     case.name: case
     for case in (
         _8B, _offloaded(_8B), _auto(_8B), _R1, _offloaded(_R1), _auto(_R1), _R2, _auto(_R2), _7B, _auto(_7B),
-        _REAL, _auto(_REAL), _QWEN3, _auto(_QWEN3), _PHI4, _auto(_PHI4),
+        _uncached(_8B), _uncached(_R1), _uncached(_R2), _uncached(_7B), _REAL, _auto(_REAL),
+        _QWEN3, _offloaded(_QWEN3), _auto(_QWEN3), _PHI4, _auto(_PHI4, cached=False),
         Case("13b-512", "llama-2-13b", 1, 512), Case("70b-512", "llama-2-70b", 1, 512),
         Case("8b-100k", "llama-3-8b", 1, 102_400, rank=32, offload=True),
         Case("8b-131k", "llama-3-8b", 1, 131_072, rank=32, offload=True),
@@ -76,13 +82,13 @@ CASES = {
         Case("tiny-qwen3", "tiny-qwen3", 2, 128), Case("tiny-phi3", "tiny-phi3", 2, 128),
     )
 }  # fmt: skip
-"""By name. An `-auto` case is what a plan for 80 GB says: no checkpointing, weights in 16 bit too. Cases of a family
-share their baselines."""
+"""By name. An `-auto` case is what a plan for 80 GB says: no checkpointing, weights in 16 bit too where they fit.
+`-uncached` is without those. Cases of a family share their baselines."""
 
 
 def baseline(case: Case) -> Case:
     """The case that reference and Unsloth run for it: they have one policy."""
-    return CASES[case.name.removesuffix("-auto").removesuffix("-offload")]
+    return CASES[re.sub("-(auto|uncached|offload)$", "", case.name)]
 
 
 def corpus(case: Case, rows: int, vocabulary: int) -> list[dict[str, Any]]:
