@@ -116,11 +116,14 @@ class Cutter:
         return cut and self._cached(cut)
 
     def _cached(self, cut: Workload) -> Workload:
-        """`cut` with its weights in 16 bit too, where there is room for them and that gains enough."""
+        """`cut` with its weights in 16 bit too, where there is room for them and that gains enough.
+
+        Whether there is room is asked of the memory model: what a run took must fit, but not change the next one's shape.
+        """
         cached = self.recut(cut, cached=True)
         gains = tokens_per_second(cut, self.option.gpu) < AS_FAST * tokens_per_second(cached, self.option.gpu)
-        fits = self.predicted(cached) <= CACHE_ROOM * self.usable
-        return cached if cut.engine == "fast" and gains and fits else cut
+        room = self.modelled(cached).total <= CACHE_ROOM * self.usable
+        return cached if cut.engine == "fast" and gains and room and self.fits(cached) else cut
 
     def _fastest_without_cache(self) -> Workload | None:
         """Checkpoints leave the GPU only if they must; Unsloth's always do."""

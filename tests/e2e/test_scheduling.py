@@ -226,7 +226,8 @@ def test_the_installed_operator_places_a_large_model(
     namespace: Namespace, simulation: Simulation, s3: Any, tiny_inputs: Path
 ) -> None:
     """Everything is real but the node: prepare reads a 70B model's config.json, and the operator plans."""
-    config = json.loads((tiny_inputs / "config.json").read_text()) | models.CONFIGS["Llama-2-70B"]
+    tiny = json.loads((tiny_inputs / "config.json").read_text())
+    config = tiny | models.CONFIGS["Llama-2-70B"] | {"vocab_size": tiny["vocab_size"]}  # it comes with that tokenizer
     for file in tiny_inputs.iterdir():
         if file.name != "config.json":
             s3.upload_file(str(file), BUCKET, f"large-model/{file.name}")

@@ -214,9 +214,10 @@ class HistoriesOnGpus(Histories):
         super().teardown()
 
 
-def _size(plan: Plan) -> tuple[int, int, int, bool]:
+def _size(plan: Plan) -> tuple[int, bool, int, int, bool]:
     """How far down the ladder a plan stands."""
-    return plan.gpu_memory_mib, -plan.micro_batch_size, plan.checkpointed_layers, plan.offload_checkpoints
+    again = plan.checkpointed_layers, plan.offload_checkpoints
+    return plan.gpu_memory_mib, not plan.cache_weights, -plan.micro_batch_size, *again
 
 
 def _key_of(world: World, job_name: str) -> str:
