@@ -21,13 +21,16 @@ def first_attempt(
     """What the run took on its GPU.
 
     None where nothing was measured, and for later attempts: those go on from a checkpoint, with the peak that an
-    earlier attempt had under another plan. None with Unsloth too: its prediction is a bound, and by how much it is
-    missed says nothing about other runs of the class.
+    earlier attempt had under another plan. None where the trainer found less memory than was planned with, and so ran
+    another cut: then its prediction is another one. None with Unsloth too: its prediction is a bound, and by how much
+    it is missed says nothing about other runs of the class.
     """
     if spec.training.backend == "unsloth":
         return None
     planned, prepared, memory, run = status.plan, status.prepared, status.memory, status.run
     if not (planned and planned.gpus and prepared and memory and memory.peak_bytes and run and finished_at):
+        return None
+    if memory.predicted_bytes not in (None, planned.predicted_peak_bytes):
         return None
     cutter = _cutter(spec, planned, prepared.facts, fleet)
     if cutter is None or run.attempt != 1:

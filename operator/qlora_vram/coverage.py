@@ -29,6 +29,12 @@ DROPOUTS: Final = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 """Keys of dropouts beside the adapter's."""
 
 
+def of_transformers(kind: str | None, model: type) -> bool:
+    """Whether this class is the one that transformers has for a family: weights may come with a class of their own."""
+    name = f"{FAST_FAMILIES.get(str(kind))}ForCausalLM"
+    return model.__name__ == name and model.__module__.startswith("transformers.")
+
+
 def irregularity(config: Mapping[str, Any]) -> str | None:
     """What the layers of one of these families do that the fast path doesn't, in rows of whatever length."""
     activation = config.get("hidden_act", "silu")

@@ -83,8 +83,11 @@ class Observation(ContractModel):
 
     @property
     def key(self) -> str:
-        """Names the shape: the next run of the same job in the same cut replaces this one."""
-        return digest([self.job, *self.cut])[:16]
+        """Names the shape: the next run of the same job in the same cut replaces this one.
+
+        Without a cache it is what it was before there was any: else older entries would be nobody's, and never go.
+        """
+        return digest([self.job, *(self.cut if self.cached else self.cut[:-1])])[:16]
 
     @property
     def cut(self) -> Cut:

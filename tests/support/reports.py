@@ -54,14 +54,19 @@ def prepare_report(key: str, run_id: str = "run1", **fields: Any) -> RunReport:
     )
 
 
-def train_report(run_id: str = "run1", promoted: bool | None = None, peak_bytes: int = 3_000_000_000) -> RunReport:
+def train_report(
+    run_id: str = "run1",
+    promoted: bool | None = None,
+    peak_bytes: int = 3_000_000_000,
+    predicted_bytes: int | None = None,
+) -> RunReport:
     return RunReport(
         step="train",
         exit_code=ExitCode.DONE,
         reason=Reason.SUCCEEDED,
         artifacts=adapter(run_id),
         progress=Progress(step=60, total_steps=60, loss=0.5, first_loss=2.0, eval_loss=0.6, tokens_per_second=1234.5),
-        memory=MemoryStatus(peak_bytes=peak_bytes),
+        memory=MemoryStatus(peak_bytes=peak_bytes, predicted_bytes=predicted_bytes),
         promoted=promoted,
     )
 

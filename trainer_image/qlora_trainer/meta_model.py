@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_trainer.quirks import let_falcon_be_quantized, tell_output_head
 from qlora_trainer.remote_code import ready_models
-from qlora_vram.coverage import longest_regular
+from qlora_vram.coverage import FAST_FAMILIES, longest_regular, of_transformers
 from qlorajob.plan import LinearLayers, ModelFacts
 from qlorajob.spec import LoraSpec
 
@@ -82,9 +82,14 @@ class MetaModel:
             key_value_heads=_key_value_heads(linears, heads, head_size) or self._number("num_key_value_heads") or heads,
             head_size=head_size,
             vocabulary=head.weight.shape[0] if head is not None else self._number("vocab_size"),
-            regular_length=longest_regular(self._text.to_dict()),
+            regular_length=self._regular_length(),
             weight_bytes=weight_bytes,
         )
+
+    def _regular_length(self) -> int | None:
+        kind = self._config.model_type
+        replaced = kind in FAST_FAMILIES and not of_transformers(kind, type(self._model))
+        return 0 if replaced else longest_regular(self._text.to_dict())
 
     def _number(self, *names: str) -> int:
         """The first of these that the config has; the largest where it differs between layers; 0 if there is none."""

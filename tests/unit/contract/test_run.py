@@ -171,6 +171,20 @@ def test_the_longest_spec_fits_an_environment_variable() -> None:
     assert len(sent.to_json().encode()) < LONGEST_ENVIRONMENT_STRING
 
 
+def test_what_an_operator_wrote_before_fields_came_is_read_without_them() -> None:
+    sent = json.loads(config(plan=PLAN, prepared=PREPARED).to_json())
+    facts = sent["prepared"]["facts"]
+    for each, name in ((sent["plan"], "cacheWeights"), (facts, "wholeLogits"), (facts, "regularLength")):
+        each.pop(name, None)
+
+    read = RunConfig.from_json(json.dumps(sent))
+
+    assert read.plan is not None
+    assert read.prepared is not None
+    assert (read.plan.cache_weights, read.prepared.facts.whole_logits) == (False, False)
+    assert read.prepared.facts.regular_length is None
+
+
 def test_the_contract_is_frozen_and_refuses_unknown_fields() -> None:
     sent = config()
 

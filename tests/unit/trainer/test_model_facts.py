@@ -177,3 +177,4 @@ def test_trusted_code_is_looked_at_whatever_its_model_type_says(job: Job, model_
     _, report = _process(job)
     assert report.prepared is not None
     assert report.prepared.facts.parameters == plain.parameters + 64 * 8
+    assert (plain.regular_length, report.prepared.facts.regular_length) == (None, 0)  # never on the fast path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -20,6 +21,7 @@ from qlora_vram.outcome import DoesNotFit
 from qlora_vram.planner import plan
 from qlora_vram.replan import replan
 from qlora_vram.workload import Shape, Workload, workload
+from qlorajob.identity import digest
 from qlorajob.plan import ModelFacts, Plan
 from qlorajob.resource import parse
 from qlorajob.spec import QLoRAJobSpec
@@ -52,6 +54,10 @@ def spec(changes: dict[str, Any] | None = None) -> QLoRAJobSpec:
 
 def work(rows: int = 2, layers: int = 32, facts: ModelFacts = MODEL, **changes: Any) -> Workload:
     return replace(workload(spec(), facts, GPU, Shape(rows, layers), 1), **changes)
+
+
+def reshaped(cut: Workload, **changes: int) -> Workload:
+    return replace(cut, shape=replace(cut.shape, **changes))  # type: ignore[arg-type]
 
 
 def seen(cut: Workload, off: float = 0.0, at: int = 0, gpu: GpuClass = GPU, **fields: Any) -> Observation:
@@ -142,8 +148,9 @@ def test_a_correction_of_what_was_not_measured_is_bounded() -> None:
 
 
 def test_a_cut_that_was_out_of_memory_and_larger_ones_do_not_fit() -> None:
-    observations = known(failed(work(rows=2)))
-    for cut in (work(rows=2), work(rows=3), work(rows=2, length=2048), work(rows=2, layers=31)):
+    observations, smallest = known(failed(work(rows=2))), work(rows=2)
+    larger = (work(rows=3), work(rows=2, length=2048), work(rows=2, layers=31), reshaped(smallest, cached=True))
+    for cut in (smallest, *larger):
         assert expected(cut, observations).total > usable_bytes(GPU)
 
 
@@ -192,6 +199,24 @@ def test_everything_that_the_peak_follows_from_tells_jobs_apart(change: dict[str
     assert seen(other).job != seen(cut).job
 
 
+def test_what_was_measured_without_a_cache_bounds_a_run_with_one_and_the_other_way_round() -> None:
+    without, cached = work(), reshaped(work(), cached=True)
+    assert seen(without).job == seen(cached).job
+    assert seen(without).key != seen(cached).key
+    low, high = int(0.92 * peak(cached).total), int(1.4 * peak(without).total)
+    assert expected(without, known(seen(cached, peak_bytes=low))).total <= low
+    assert expected(cached, known(seen(without, peak_bytes=high))).total >= high
+
+
+def test_an_observation_from_before_there_was_a_cache_is_one_without() -> None:
+    """Its key too is the one under which it was kept: entries that nobody reads would never make way."""
+    run = seen(work())
+    written = json.loads(run.to_json())
+    del written["cached"]
+    shape = [run.job, run.rows, run.length, run.rank, -run.checkpointed_layers, not run.offload]
+    assert Observations.read({digest(shape)[:16]: json.dumps(written)}, IMAGE) == known(run)
+
+
 def test_accumulation_and_the_download_do_not() -> None:
     cut = work()
     other = replace(cut, accumulation=7, facts=cut.facts.model_copy(update={"weight_bytes": 1}))
@@ -202,11 +227,14 @@ def test_accumulation_and_the_download_do_not() -> None:
 
 numbers = st.integers(1, 8)
 cuts = st.builds(
-    lambda rows, length, rank, layers: work(rows, layers, length=64 * length, rank=8 * rank),
+    lambda rows, length, rank, layers, cached: reshaped(
+        work(rows, layers, length=64 * length, rank=8 * rank), cached=cached
+    ),
     rows=numbers,
     length=st.integers(1, 32),
     rank=numbers,
     layers=st.integers(0, 32),
+    cached=st.booleans(),
 )
 shares = st.floats(-1, 2, allow_nan=False)
 experiences = st.lists(st.tuples(cuts, st.none() | shares), max_size=6).map(
@@ -231,17 +259,17 @@ def test_no_observation_makes_a_prediction_smaller_than_its_tensors(cut: Workloa
     assert all(size > 0 for size in found.components.values())
 
 
-@given(cuts, experiences, numbers, st.integers(0, 8), numbers, st.integers(0, 32))
+@given(cuts, experiences, st.integers(0, 8), st.integers(0, 8), st.integers(0, 8), st.integers(0, 32), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_a_larger_cut_is_never_expected_to_take_less(
-    cut: Workload, observations: Observations, rows: int, length: int, rank: int, layers: int
+    cut: Workload, observations: Observations, rows: int, length: int, rank: int, layers: int, cached: bool
 ) -> None:
     shape = cut.shape
-    larger = replace(
-        cut,
-        shape=replace(shape, rows=shape.rows + rows, checkpointed_layers=max(0, shape.checkpointed_layers - layers)),
-        length=cut.length + 64 * length,
-        rank=cut.rank + rank,
+    larger = reshaped(
+        replace(cut, length=cut.length + 64 * length, rank=cut.rank + rank),
+        rows=shape.rows + rows,
+        checkpointed_layers=max(0, shape.checkpointed_layers - layers),
+        cached=shape.cached or cached,
     )
     assert expected(larger, observations).total >= expected(cut, observations).total
 

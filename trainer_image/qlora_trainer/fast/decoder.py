@@ -23,7 +23,7 @@ from qlora_trainer.fast.layer import Batch, Layer
 from qlora_trainer.fast.linears import Group, Linear
 from qlora_trainer.fast.offload import Garage
 from qlora_trainer.formats import IGNORED
-from qlora_vram.coverage import FAST_FAMILIES, irregularity, longest_regular
+from qlora_vram.coverage import irregularity, longest_regular, of_transformers
 from qlorajob.errors import first_line
 from qlorajob.plan import Plan
 
@@ -175,12 +175,7 @@ def _read(module: nn.Module) -> Linear:
 
 def _require_shape(causal: Any, longest: int | None) -> None:
     config = causal.config
-    name = FAST_FAMILIES.get(config.model_type)
-    if (
-        name is None
-        or type(causal).__name__ != f"{name}ForCausalLM"
-        or not type(causal).__module__.startswith("transformers.")
-    ):
+    if not of_transformers(config.model_type, type(causal)):
         raise NotCoveredError(f"{config.model_type} isn't of the Llama shape")
     values = config.to_dict()
     irregular, regular = irregularity(values), longest_regular(values)
