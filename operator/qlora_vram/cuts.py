@@ -118,7 +118,7 @@ class Cutter:
     def _cached(self, cut: Workload) -> Workload:
         """`cut` with its weights in 16 bit too, where there is room for them and that gains enough.
 
-        Whether there is room is asked of the memory model: what a run took must fit, but not change the next one's shape.
+        Whether there is room is asked of the memory model: what a run took must fit, but changes no shape that did.
         """
         cached = self.recut(cut, cached=True)
         gains = tokens_per_second(cut, self.option.gpu) < AS_FAST * tokens_per_second(cached, self.option.gpu)

@@ -49,7 +49,7 @@ def physical(plan: Plan) -> int:
     return sum(size for name, size in plan.breakdown.items() if name not in ("slack", "context", "observed"))
 
 
-@pytest.mark.parametrize("off", [0.08, -0.03])
+@pytest.mark.parametrize("off", [0.1, -0.03])
 def test_the_next_plan_of_the_shape_is_within_two_percent_of_what_was_measured(off: float) -> None:
     world = after(off)
     memory = world.status.memory
@@ -57,15 +57,9 @@ def test_the_next_plan_of_the_shape_is_within_two_percent_of_what_was_measured(o
     assert memory.peak_bytes is not None
     following = plan_of(planned(world.observations))
     assert abs(following.predicted_peak_bytes / memory.peak_bytes - 1) < 0.02
-    assert following.micro_batch_size == plan_of(world).micro_batch_size
+    shapes = [(plan.micro_batch_size, plan.checkpointing, plan.cache_weights) for plan in (plan_of(world), following)]
+    assert shapes[0] == shapes[1]
     assert following.breakdown["observed"] > 0
-
-
-def test_a_cache_of_weights_that_left_less_than_a_tenth_free_is_given_up() -> None:
-    world = after(0.1)
-    first, following = plan_of(world), plan_of(planned(world.observations))
-    assert (first.cache_weights, following.cache_weights) == (True, False)
-    assert following.micro_batch_size == first.micro_batch_size
 
 
 def test_a_bogus_peak_cannot_make_a_plan_smaller_than_its_tensors() -> None:
