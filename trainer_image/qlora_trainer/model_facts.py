@@ -41,7 +41,6 @@ def inspect_model(source: ModelSource, settings: Settings) -> ModelFacts:
     """
     folder = source.metadata_folder()
     raw = _raw_config(folder, settings.spec.model.uri)
-    source.files.check_parts(settings.spec.model.uri, folder)
     known = _known(raw, settings)
     own_code = _is_replaced(raw, settings) or (
         trusts_remote_code(settings) and any(name.endswith(".py") for name in source.files.metadata)
@@ -51,6 +50,7 @@ def inspect_model(source: ModelSource, settings: Settings) -> ModelFacts:
     _check_remote_code(raw, settings)
     config = _load_config(folder, settings)
     model = _outline(known, raw, config, settings)
+    source.files.check_layers(settings.spec.model.uri, folder, model.linear_paths())
     _check_target_modules(model, str(raw.get("model_type", "")), settings.spec)
     _check_packing(model, settings.spec)
     if mixture:

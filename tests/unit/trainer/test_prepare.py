@@ -189,6 +189,64 @@ def test_a_model_of_which_a_part_is_missing_is_refused(
     assert words in refusal.message
 
 
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize(
+    ("without", "config", "words"),
+    [
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            {},
+            r"lacks weights: there is no model\.layers\.1\.mlp\.up_proj\.weight$",
+        ),
+        (
+            None,
+            {"num_hidden_layers": 3},
+            r"there is no model\.layers\.2\.\S+ and 6 more that its config\.json asks for",
+        ),
+    ],
+)
+def test_a_model_of_which_a_layer_s_weights_are_missing_is_refused(
+    job: Job, changed_model: ChangedModel, shards: int, without: str | None, config: dict[str, Any], words: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = changed_model(**config)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(without or "", None)
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+    else:
+        (folder / "model.safetensors").unlink()
+        names = [f"model-{number}.safetensors" for number in range(shards)]
+        for number, name in enumerate(names):
+            save_file(dict([*weights.items()][number::shards]), folder / name)
+        index = {key: names[number % shards] for number, key in enumerate(weights)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    refusal = _refusal(job.change(model={"uri": f"file://{folder}"}))
+    assert (refusal.reason, refusal.field) == (Reason.MODEL_INVALID, "model.uri")
+    assert re.search(words, refusal.message)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -100])
+def test_weights_that_are_cut_off_are_refused(job: Job, changed_model: ChangedModel, kept: int) -> None:
+    weights = changed_model() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    refusal = _refusal(job.change(model={"uri": f"file://{weights.parent}"}))
+    assert (refusal.reason, refusal.field) == (Reason.MODEL_INVALID, "model.uri")
+    assert re.search(r"can't be read: model\.safetensors is(n't| cut off)", refusal.message)
+
+
+def test_names_that_another_library_gave_the_weights_are_not_held_against_them(
+    job: Job, changed_model: ChangedModel
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = changed_model()
+    weights = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): value for name, value in weights.items()}, folder / "model.safetensors")
+    assert job.change(model={"uri": f"file://{folder}"}).prepare().total_steps == 4
+
+
 def test_a_model_with_code_of_its_own_needs_trust(job: Job, changed_model: ChangedModel) -> None:
     refusal = _refusal(job.change(model={"uri": f"file://{changed_model(**REMOTE_CODE)}"}))
     assert (refusal.reason, refusal.field) == (Reason.REMOTE_CODE_REFUSED, "model.trustRemoteCode")
