@@ -40,7 +40,7 @@ def inspect_model(source: ModelSource, settings: Settings) -> ModelFacts:
     or that brings code of its own, is built without weights and looked at.
     """
     folder = source.metadata_folder()
-    raw = _raw_config(folder, settings.spec.model.uri)
+    raw = read_config(folder, settings.spec.model.uri)
     known = _known(raw, settings)
     own_code = _is_replaced(raw, settings) or (
         trusts_remote_code(settings) and any(name.endswith(".py") for name in source.files.metadata)
@@ -81,7 +81,8 @@ def _outline(known: Blueprint | None, raw: dict[str, Any], config: Any, settings
     return known or built
 
 
-def _raw_config(folder: Path, uri: str) -> dict[str, Any]:
+def read_config(folder: Path, uri: str) -> dict[str, Any]:
+    """A model's config.json. Raises StepError where it is none, or one of a model that is quantized already."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qlora_vram.positions import TABLES, longest_row
 from qlorajob.errors import Reason, StepError
 from tests.unit.trainer.jobs import Job
 
@@ -265,6 +266,41 @@ def test_a_family_whose_packed_rows_would_see_each_other_is_refused(job: Job, ch
     refusal = _refusal(job)
     assert (refusal.reason, refusal.field) == (Reason.UNSUPPORTED, "training.packing")
     assert job.change(training={"packing": False}).prepare().total_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        (
+            {},
+            "training.maxSequenceLength",
+            "a row has 33 tokens, but the model has positions for 32 only; set 32 or less",
+        ),
+        (
+            {"training": {"maxSequenceLength": 32}, "evaluation": {"prompts": ["a"], "maxNewTokens": 40}},
+            "evaluation.maxNewTokens",
+            "to come, but the model has positions for 32 only; set less",
+        ),
+    ],
+)
+def test_what_goes_beyond_a_model_s_table_of_positions_is_refused_before_a_gpu_is_taken(
+    job: Job, changed_model: ChangedModel, fields: dict[str, Any], field: str, words: str
+) -> None:
+    job.change(model={"uri": f"file://{changed_model(model_type='gptj', n_positions=32, rotary_dim=8)}"})
+    job.change(
+        dataset={"template": "{{ instruction }} {{ output }} " + "zulu " * 30}, training={"maxSequenceLength": 33}
+    )
+    refusal = _refusal(job.change(**fields))
+    assert (refusal.reason, refusal.field) == (Reason.UNSUPPORTED, field)
+    assert words in refusal.message
+
+
+@pytest.mark.parametrize("model_type", sorted(TABLES))
+def test_tables_of_positions_end_where_transformers_end_them(model_type: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type]()
+    assert longest_row({"model_type": model_type}) == longest_row(config.to_dict())
 
 
 def test_the_default_layers_of_a_known_family_are_accepted(job: Job) -> None:
