@@ -55,6 +55,7 @@ def run(context: Context) -> None:
     data = load_data(settings, tokenizer)
     # Or the template would refuse a prompt after the GPU is taken.
     prompts = [data.encoder.prompt_ids(prompt) for prompt in spec.evaluation.prompts]
+    require_questions(prompts)
     require_vectors(data, prompts, tokenizer, facts.vocabulary)
     require_positions(data, prompts, longest_row(read_config(source.metadata_folder(), spec.model.uri)), spec)
     clock.lap("data")
@@ -98,6 +99,17 @@ def refuse_unsupported(spec: QLoRAJobSpec) -> None:
     if isinstance(spec.resources.gpus, int) and spec.resources.gpus > 1:
         message = "resources.gpus: training on several GPUs comes with a later version; set 1 or auto"
         raise StepError(Reason.UNSUPPORTED, message, field="resources.gpus")
+
+
+def require_questions(prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse a prompt of which nothing reaches the model, as with a template that begins with the output."""
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            message = (
+                f"evaluation.prompts[{number}]: the model would read nothing of it: either it has no words, or "
+                "dataset.template has nothing before its output; drop the prompts, or change the template"
+            )
+            raise StepError(Reason.TEMPLATE_INVALID, message, field="evaluation.prompts")
 
 
 def require_vectors(data: TrainingData, prompts: Sequence[Sequence[int]], tokenizer: Any, vocabulary: int) -> None:

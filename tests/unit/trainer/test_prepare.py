@@ -316,3 +316,10 @@ def test_a_prompt_that_the_template_cannot_take_is_refused_before_a_gpu_is_asked
     refusal = _refusal(job.change(evaluation={"prompts": ["undivided"]}))
     assert (refusal.reason, refusal.field) == (Reason.TEMPLATE_INVALID, "dataset.template")
     assert "a prompt of evaluation.prompts" in refusal.message
+
+
+def test_a_prompt_of_which_the_template_leaves_nothing_is_refused_before_a_gpu_is_asked_for(job: Job) -> None:
+    job.change(dataset={"template": "{{ output }} is the {{ instruction }}"}, evaluation={"prompts": ["code of zulu"]})
+    refusal = _refusal(job)
+    assert (refusal.reason, refusal.field) == (Reason.TEMPLATE_INVALID, "evaluation.prompts")
+    assert "dataset.template has nothing before its output" in refusal.message
