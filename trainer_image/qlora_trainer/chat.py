@@ -35,10 +35,12 @@ Span = tuple[int, int]
 
 def messages_of(row: Row, column: str) -> list[Message]:
     """Messages with role and content, from those or from ShareGPT's from and value. Raises StepError."""
-    turns = row.values.get(column) or []
+    turns = _value(row, column, FIELD) or []
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         kind = "" if isinstance(turns, list) else f", not {type(turns).__name__}"
-        raise _refused_row(row, f"column {column} must be a list of messages with role and content{kind}")
+        raise _refused_row(
+            row, f"column {column} must be a list of messages with role and content, or that as JSON{kind}"
+        )
     return [_message(turn, f"message {number} in column {column}", row) for number, turn in enumerate(turns, start=1)]
 
 
@@ -59,17 +61,27 @@ def _message(turn: dict[str, Any], name: str, row: Row) -> Message:
 
 def tools_of(row: Row, column: str | None) -> Tools | None:
     """The tools of a conversation, a list or that as JSON; None where it has none. Raises StepError."""
-    found = row.values.get(column) if column is not None else None
-    if isinstance(found, str) and found.strip():
-        try:
-            found = json.loads(found)
-        except ValueError as error:
-            raise _refused_row(row, f"column {column} is not valid JSON: {error}", TOOLS_FIELD) from None
-    if not found or found != found:  # pandas writes NaN where there is nothing
+    found = _value(row, column, TOOLS_FIELD) if column is not None else None
+    if not found:
         return None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise _refused_row(row, f"column {column} must be a list of tools, or that as JSON", TOOLS_FIELD)
     return [_filled(tool) for tool in found]
+
+
+def _value(row: Row, column: str, field: str) -> Any:
+    """What stands in a column: a list, or that as JSON, as in CSV. None where there is nothing. Raises StepError."""
+    found = row.values.get(column)
+    if found != found:  # NaN is how pandas writes nothing
+        return None
+    if not isinstance(found, str):
+        return found
+    try:
+        return json.loads(found) if found.strip() else None
+    except RecursionError:
+        raise _refused_row(row, f"column {column}: lists and objects are nested too deeply", field) from None
+    except ValueError as error:
+        raise _refused_row(row, f"column {column} is not valid JSON: {error}", field) from None
 
 
 def _filled(value: Any) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.packing import packing_refused
 from qlora_trainer.quirks import let_falcon_be_quantized, tell_output_head
+from qlora_trainer.rehearsal import require_weights
 from qlora_trainer.remote_code import ready_models, restore_buffers
 from qlora_trainer.settings import Settings
 from qlora_trainer.staging import staged_loading
@@ -29,22 +29,19 @@ logger = logging.getLogger(__name__)
 def load_quantized(folder: Path, settings: Settings, hardware: Hardware) -> Any:
     """The base model in 4 bit, frozen. What stays in 16 bit (embeddings, norms, head) has the compute dtype.
 
-    Raises StepError where not one layer is in 4 bit.
+    Raises StepError where the files aren't the model's, and where not one layer is in 4 bit.
     """
     let_falcon_be_quantized()
     ready_models()
-    try:
-        with staged_loading(on_gpu=hardware.on_gpu):
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                quantization_config=quantization_config(settings.spec.quantization, hardware),
-                dtype=hardware.compute_dtype,  # else some models come as float32
-                device_map={"": 0 if hardware.on_gpu else "cpu"},
-                trust_remote_code=trusts_remote_code(settings),
-            )
-    except SafetensorError as error:
-        message = f"model.uri: the weights of {settings.spec.model.uri} can't be read: {first_line(error)}"
-        raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
+    require_weights(folder, settings)
+    with staged_loading(on_gpu=hardware.on_gpu):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            quantization_config=quantization_config(settings.spec.quantization, hardware),
+            dtype=hardware.compute_dtype,  # else some models come as float32
+            device_map={"": 0 if hardware.on_gpu else "cpu"},
+            trust_remote_code=trusts_remote_code(settings),
+        )
     restore_buffers(model, folder)
     tell_output_head(model)
     require_quantized_layers(model)

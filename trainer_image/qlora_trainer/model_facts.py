@@ -40,15 +40,17 @@ def inspect_model(source: ModelSource, settings: Settings) -> ModelFacts:
     or that brings code of its own, is built without weights and looked at.
     """
     folder = source.metadata_folder()
-    raw = _raw_config(folder, settings.spec.model.uri)
-    source.files.check_parts(settings.spec.model.uri, folder)
+    raw = read_config(folder, settings.spec.model.uri)
     known = _known(raw, settings)
-    own_code = trusts_remote_code(settings) and any(name.endswith(".py") for name in source.files.metadata)
+    own_code = _is_replaced(raw, settings) or (
+        trusts_remote_code(settings) and any(name.endswith(".py") for name in source.files.metadata)
+    )
     mixture = known is not None and known.facts(0).expert_parameters > 0
     import_transformers(with_torch=known is None or own_code or mixture)
     _check_remote_code(raw, settings)
     config = _load_config(folder, settings)
-    model = known or _meta_model(config, settings)
+    model = _outline(known, raw, config, settings)
+    source.files.check_layers(settings.spec.model.uri, folder, model.linear_paths())
     _check_target_modules(model, str(raw.get("model_type", "")), settings.spec)
     _check_packing(model, settings.spec)
     if mixture:
@@ -62,11 +64,25 @@ def _known(raw: dict[str, Any], settings: Settings) -> Blueprint | None:
         found = blueprint(raw)
     except InvalidConfigError as error:
         raise _unreadable(error, settings) from None
-    replaced = trusts_remote_code(settings) and "auto_map" in raw  # by code that may build something else
-    return None if found is None or (replaced and not found.family.remote_code) else found
+    return None if found is None or (_is_replaced(raw, settings) and not found.family.remote_code) else found
 
 
-def _raw_config(folder: Path, uri: str) -> dict[str, Any]:
+def _is_replaced(raw: dict[str, Any], settings: Settings) -> bool:
+    """Whether transformers' classes give way to code of the model's own, which may build something else."""
+    return trusts_remote_code(settings) and "auto_map" in raw
+
+
+def _outline(known: Blueprint | None, raw: dict[str, Any], config: Any, settings: Settings) -> Outline:
+    """The model, built where config.json isn't enough. Code of its own is built in any case, to see that it runs."""
+    replaced = _is_replaced(raw, settings)
+    if known is not None and not replaced:
+        return known
+    built = _meta_model(config, settings, own_code=replaced)
+    return known or built
+
+
+def read_config(folder: Path, uri: str) -> dict[str, Any]:
+    """A model's config.json. Raises StepError where it is none, or one of a model that is quantized already."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
@@ -109,7 +125,7 @@ def _load_config(folder: Path, settings: Settings) -> Any:
 
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trusts_remote_code(settings))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # code of the model's own can fail in any way
         raise _unreadable(error, settings) from None
 
 
@@ -118,16 +134,19 @@ def _unreadable(error: Exception, settings: Settings) -> StepError:
     return StepError(Reason.MODEL_INVALID, message, field="model.uri")
 
 
-def _meta_model(config: Any, settings: Settings) -> Outline:
+def _meta_model(config: Any, settings: Settings, *, own_code: bool) -> Outline:
     from qlora_trainer.meta_model import MetaModel
 
     try:
         return MetaModel(config, trust_remote_code=trusts_remote_code(settings))
-    except (ValueError, ImportError) as error:
-        message = (
-            f"model.uri: {settings.spec.model.uri} ({config.model_type}) isn't a causal language model: "
-            f"{first_line(error)}"
-        )
+    except Exception as error:  # likewise
+        if own_code:
+            problem = f"can't be built by the code that comes with it: {type(error).__name__}"
+        elif isinstance(error, ValueError | ImportError):
+            problem = "isn't a causal language model"
+        else:
+            raise
+        message = f"model.uri: {settings.spec.model.uri} ({config.model_type}) {problem}: {first_line(error)}"
         raise StepError(Reason.MODEL_INVALID, message, field="model.uri") from None
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +14,7 @@ from qlora_trainer.patience import open_input
 from qlora_trainer.settings import Settings
 from qlora_trainer.storage import StoredObject
 from qlora_trainer.uris import HubRepo, hub_repo, is_hub, is_s3, local_path
+from qlora_trainer.weight_names import BrokenFileError, absent_layers, names_in_file, names_in_index
 from qlorajob.errors import Reason, StepError
 from qlorajob.identity import digest
 
@@ -53,19 +53,33 @@ class ModelFiles:
             message = f"{FIELD}: {uri} has no weights (*.safetensors or *.bin)"
             raise StepError(Reason.MODEL_INVALID, message, field=FIELD)
 
-    def check_parts(self, uri: str, folder: Path) -> None:
-        """Refuse weights of which a part is missing, as after an upload that ended early. `folder` has the metadata."""
-        for whole in WHOLE_WEIGHTS:
-            if whole in self.weights:
-                return
-            if (index := f"{whole}.index.json") in self.metadata:
-                missing = sorted(_parts(folder / index, uri) - self.weights.keys())
-                if missing:
-                    message = f"{FIELD}: {uri} lacks weights: {index} names {missing[0]}, which isn't there"
-                    raise StepError(Reason.MODEL_INVALID, message, field=FIELD)
-                return
+    def tensor_names(self, uri: str, folder: Path) -> Collection[str]:
+        """The tensors that the weights hold, as far as an index or files that are here say; empty where they don't.
+
+        `folder` has the metadata. Refuses weights of which a part is missing, as after an upload that ended early.
+        """
+        try:
+            for whole in WHOLE_WEIGHTS:
+                if whole in self.weights:
+                    return _names_in_files(folder, [whole])
+                if (index := f"{whole}.index.json") in self.metadata:
+                    file_of = names_in_index(folder / index)
+                    parts = set(file_of.values())
+                    if missing := sorted(parts - self.weights.keys()):
+                        raise _lacking(uri, f"{index} names {missing[0]}, which isn't there")
+                    return _names_in_files(folder, parts) or file_of.keys()
+        except BrokenFileError as error:
+            message = f"{FIELD}: the weights of {uri} can't be read: {error}"
+            raise StepError(Reason.MODEL_INVALID, message, field=FIELD) from None
         message = f"{FIELD}: {uri} has neither {' nor '.join(WHOLE_WEIGHTS)}, nor an index of parts (….index.json)"
         raise StepError(Reason.MODEL_INVALID, message, field=FIELD)
+
+    def check_layers(self, uri: str, folder: Path, layers: Iterable[str]) -> None:
+        """Refuse weights that lack those of a linear layer. `layers` are module paths."""
+        names = self.tensor_names(uri, folder)
+        if absent := absent_layers(layers, names):
+            more = f" and {len(absent) - 1} more that its config.json asks for" if len(absent) > 1 else ""
+            raise _lacking(uri, f"there is no {absent[0]}{more}")
 
     @property
     def weight_bytes(self) -> int:
@@ -73,13 +87,16 @@ class ModelFiles:
         return sum(self.weights.values())
 
 
-def _parts(index: Path, uri: str) -> set[str]:
-    """The files that an index names."""
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        message = f"{FIELD}: {index.name} of {uri} isn't an index of weights"
-        raise StepError(Reason.MODEL_INVALID, message, field=FIELD) from None
+def _names_in_files(folder: Path, files: Iterable[str]) -> set[str]:
+    """The tensors of safetensors files; none unless all of them are here."""
+    paths = [folder / file for file in files]
+    if not all(path.suffix == ".safetensors" and path.exists() for path in paths):
+        return set()
+    return set[str]().union(*map(names_in_file, paths))
+
+
+def _lacking(uri: str, words: str) -> StepError:
+    return StepError(Reason.MODEL_INVALID, f"{FIELD}: {uri} lacks weights: {words}", field=FIELD)
 
 
 class ModelSource(Protocol):

@@ -15,10 +15,11 @@ from qlora_trainer.checkpoints import conclude, is_concluded
 from qlora_trainer.clock import Clock
 from qlora_trainer.context import Context
 from qlora_trainer.data import TrainingData, load_data
-from qlora_trainer.model_facts import inspect_model
+from qlora_trainer.model_facts import inspect_model, read_config
 from qlora_trainer.model_source import open_model
 from qlora_trainer.patience import while_it_answers
 from qlora_trainer.tokenizer import load_tokenizer, trusts_remote_code
+from qlora_vram.positions import longest_row
 from qlorajob import identity
 from qlorajob.errors import Reason, StepError
 from qlorajob.spec import QLoRAJobSpec
@@ -54,7 +55,9 @@ def run(context: Context) -> None:
     data = load_data(settings, tokenizer)
     # Or the template would refuse a prompt after the GPU is taken.
     prompts = [data.encoder.prompt_ids(prompt) for prompt in spec.evaluation.prompts]
+    require_questions(prompts)
     require_vectors(data, prompts, tokenizer, facts.vocabulary)
+    require_positions(data, prompts, longest_row(read_config(source.metadata_folder(), spec.model.uri)), spec)
     clock.lap("data")
 
     run_id = identity.run_id(spec, model_revision=source.revision, dataset_digest=data.digest)
@@ -98,6 +101,17 @@ def refuse_unsupported(spec: QLoRAJobSpec) -> None:
         raise StepError(Reason.UNSUPPORTED, message, field="resources.gpus")
 
 
+def require_questions(prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse a prompt of which nothing reaches the model, as with a template that begins with the output."""
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            message = (
+                f"evaluation.prompts[{number}]: the model would read nothing of it: either it has no words, or "
+                "dataset.template has nothing before its output; drop the prompts, or change the template"
+            )
+            raise StepError(Reason.TEMPLATE_INVALID, message, field="evaluation.prompts")
+
+
 def require_vectors(data: TrainingData, prompts: Sequence[Sequence[int]], tokenizer: Any, vocabulary: int) -> None:
     """Refuse a tokenizer that got tokens which the model didn't: a GPU only says that an assertion failed."""
     largest = max(corpus.largest_token for corpus in (data.train, data.validation) if corpus is not None)
@@ -108,6 +122,31 @@ def require_vectors(data: TrainingData, prompts: Sequence[Sequence[int]], tokeni
             f"model's embeddings end at {vocabulary - 1}: give the model with the tokenizer that it was trained with"
         )
         raise StepError(Reason.MODEL_INVALID, message, field="model.uri")
+
+
+def require_positions(
+    data: TrainingData, prompts: Sequence[Sequence[int]], longest: int | None, spec: QLoRAJobSpec
+) -> None:
+    """Refuse rows and answers that are longer than the model's table of positions: a GPU only says likewise."""
+    if longest is None:
+        return
+    row = max(int(corpus.lengths.max()) for corpus in (data.train, data.validation) if corpus is not None)
+    if row > longest:
+        field, problem = "training.maxSequenceLength", f"a row has {row} tokens"
+        advice = f"set {longest} or less: longer rows are cut then"
+        raise _beyond(field, problem, longest, advice)
+    asked = max((len(prompt) for prompt in prompts), default=0)
+    if asked and asked + spec.evaluation.max_new_tokens > longest:
+        field, problem = (
+            "evaluation.maxNewTokens",
+            f"a prompt has {asked} tokens, with {spec.evaluation.max_new_tokens} to come",
+        )
+        raise _beyond(field, problem, longest, "set less, or shorten the prompt")
+
+
+def _beyond(field: str, problem: str, longest: int, advice: str) -> StepError:
+    message = f"{field}: {problem}, but the model has positions for {longest} only; {advice}"
+    return StepError(Reason.UNSUPPORTED, message, field=field)
 
 
 def _summary(prepared: Prepared) -> str:

@@ -24,6 +24,8 @@ from qlorajob.errors import Reason, StepError, first_line
 
 PARQUET_BATCH = 1000
 """Rows that are decoded at once."""
+PARQUET_BUFFER = 1 << 20
+"""Bytes of a column that are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,8 @@ def _read_parquet(path: Path, name: str) -> Iterator[Row]:
 
     number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        # Else it reads a column's whole row group at once: pandas writes a million rows as one.
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False)
         _require_different(file.schema_arrow.names, name)
         for batch in file.iter_batches(PARQUET_BATCH):
             for record in batch.to_pylist():

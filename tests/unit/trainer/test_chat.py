@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import json
+from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.formats import IGNORED, Columns, Encoder
-from qlora_trainer.rows import Row
+from qlora_trainer.rows import Row, read_file
 from qlorajob.errors import Reason, StepError
 from qlorajob.spec import DatasetSpec
 
@@ -198,7 +200,10 @@ def test_parts_that_are_all_text_are_one_text(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        pytest.param("[]", "must be a list of messages with role and content, not str", id="JSON inside CSV"),
+        pytest.param("hello", r"column messages is not valid JSON: .*char 0", id="words"),
+        pytest.param("[{'role': 'user'}]", "column messages is not valid JSON: .*char 2", id="Python's notation"),
+        pytest.param('{"role": "user"}', "must be a list of messages .* as JSON, not dict", id="an object as JSON"),
+        pytest.param("[" * 100_000, "column messages: lists and objects are nested too deeply", id="nested JSON"),
         pytest.param([{"from": "bing", "value": "x"}], "role of message 1 in column messages is bing", id="role"),
         pytest.param([{"content": "x"}], "role of message 1 in column messages is missing; .*user", id="no role"),
         pytest.param(
@@ -211,6 +216,22 @@ def test_a_message_that_cannot_be_read_is_named(tokenizer: Any, messages: Any, w
     with pytest.raises(StepError, match=f"dataset: line 1: .*{words}") as refused:
         encode(tokenizer, messages)
     assert (refused.value.reason, refused.value.field) == (Reason.DATASET_INVALID, "dataset.columns.messages")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_column_of_a_file_may_hold_messages_as_json_text(tokenizer: Any, tmp_path: Path, suffix: str) -> None:
+    """As CSV can hold them only so."""
+    path = tmp_path / f"rows.{suffix}"
+    table = pandas.DataFrame({"messages": [json.dumps(CONVERSATION), "[]", None]})
+    match suffix:
+        case "csv":
+            table.to_csv(path, index=False)
+        case "jsonl":
+            table.to_json(path, orient="records", lines=True)
+        case _:
+            table.to_parquet(path)
+    encoder = Encoder(tokenizer, SPEC, Columns.detect(SPEC, ["messages"]))
+    assert list(encoder.encode(list(read_file(path, path.name)))) == [encode(tokenizer, CONVERSATION), None, None]
 
 
 def test_fields_that_arrow_left_empty_are_not_given_to_the_template(tokenizer: Any) -> None:

@@ -150,7 +150,7 @@ def test_a_row_that_the_template_cannot_take_is_named(tokenizer: Any) -> None:
             {"messages": [{"role": "narrator", "content": "x"}]},
             "line 1: the role of message 1 in column messages is narrator",
         ),
-        ({"messages": "hello"}, "line 1: column messages must be a list of messages"),
+        ({"messages": 5}, "line 1: column messages must be a list of messages"),
         ({"text": "\ud83d"}, r"line 1: column text holds \\ud83d, half of a character"),
         (
             {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\ud83d"}]},

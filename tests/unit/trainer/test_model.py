@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from qlora_trainer import hardware as hardware_module
@@ -95,6 +97,64 @@ def test_weights_that_are_cut_off_are_told_and_not_tried_again(job: Job, model_f
     with pytest.raises(StepError, match=r"model\.uri: the weights of .* can't be read") as refused:
         _load(job, broken)
     assert (refused.value.reason, refused.value.code) == (Reason.MODEL_INVALID, ExitCode.INVALID)
+
+
+@pytest.fixture
+def change_model(job: Job, model_folder: Path) -> Callable[..., Path]:
+    """The model without some of its weights, or with another config.json."""
+
+    def change(*without: str, **config: Any) -> Path:
+        folder = job.folder / "changed"
+        shutil.copytree(model_folder, folder)
+        weights = load_file(folder / "model.safetensors")
+        kept = {name: value for name, value in weights.items() if name not in without}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | config))
+        job.change(model={"uri": f"file://{folder}"})
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("without", "config", "words"),
+    [
+        (["model.layers.1.mlp.up_proj.weight"], {}, r"there is no model\.layers\.1\.mlp\.up_proj\.weight$"),
+        (["model.norm.weight"], {}, r"there is no model\.norm\.weight$"),
+        (["lm_head.weight"], {}, r"there is no lm_head\.weight$"),
+        ([], {"num_hidden_layers": 3}, r"no model\.layers\.2\..*weight and 8 more that its config\.json asks for"),
+        ([], {"intermediate_size": 96}, r"model\.layers\.0\.mlp\.down_proj\.weight is 64×128, and should be 64×96"),
+        ([], {"vocab_size": 400}, r"lm_head\.weight is \d+×64, and should be 400×64"),
+        ([], {"hidden_size": 32, "head_dim": 16}, r"lm_head\.weight is \d+×64, and should be \d+×32"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused_before_they_are_read(
+    job: Job, change_model: Callable[..., Path], without: list[str], config: dict[str, Any], words: str
+) -> None:
+    folder = change_model(*without, **config)
+    with pytest.raises(StepError, match=words) as refused:
+        _load(job, folder)
+    assert (refused.value.reason, refused.value.code) == (Reason.MODEL_INVALID, ExitCode.INVALID)
+    assert refused.value.field == "model.uri"
+
+
+def test_a_head_that_is_the_embeddings_needs_no_weights_of_its_own(job: Job, change_model: Callable[..., Path]) -> None:
+    _load(job, change_model("lm_head.weight", tie_word_embeddings=True))
+
+
+def test_pickled_weights_that_are_cut_off_are_told_and_not_tried_again(job: Job, model_folder: Path) -> None:
+    broken = job.folder / "broken"
+    shutil.copytree(model_folder, broken)
+    (broken / "model.safetensors").unlink()
+    torch.save(load_file(model_folder / "model.safetensors"), broken / "pytorch_model.bin")
+    _load(job, broken)
+    content = (broken / "pytorch_model.bin").read_bytes()
+    for kept in (0, 100, len(content) // 2):
+        (broken / "pytorch_model.bin").write_bytes(content[:kept])
+        with pytest.raises(StepError, match=r"model\.uri: the weights of .* can't be read") as refused:
+            _load(job, broken)
+        assert (refused.value.reason, refused.value.code) == (Reason.MODEL_INVALID, ExitCode.INVALID)
 
 
 def test_a_missing_pad_token_becomes_the_end_token(job: Job, model_folder: Path) -> None:

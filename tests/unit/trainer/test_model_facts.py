@@ -16,6 +16,7 @@ import pytest
 
 from qlorajob.errors import Reason, StepError
 from qlorajob.run import RunReport
+from tests.support.families import FAMILIES, write_model
 from tests.unit.trainer.jobs import Job
 
 ROOT = Path(__file__).parents[3]
@@ -178,3 +179,39 @@ def test_trusted_code_is_looked_at_whatever_its_model_type_says(job: Job, model_
     assert report.prepared is not None
     assert report.prepared.facts.parameters == plain.parameters + 64 * 8
     assert (plain.regular_length, report.prepared.facts.regular_length) == (None, 0)  # never on the fast path
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "words"),
+    [
+        (
+            "modeling",
+            "import nothing_like_it",
+            r"chatglm\) can't be built by the code that comes with it: .*nothing_like",
+        ),
+        ("modeling", "class ChatGLMForConditionalGeneration(: pass", r"the code that comes with it: SyntaxError"),
+        (
+            "modeling",
+            "from transformers import PreTrainedModel\n"
+            "from .configuration_chatglm import ChatGLMConfig\n"
+            "class ChatGLMForConditionalGeneration(PreTrainedModel):\n"
+            "    config_class = ChatGLMConfig\n"
+            "    def __init__(self, config):\n"
+            "        super().__init__(config)\n"
+            "        config.hidden_size.no_such_thing()\n",
+            r"the code that comes with it: AttributeError: 'int' object has no attribute 'no_such_thing'",
+        ),
+        ("configuration", "raise SystemError('too old')", r"the config of .* can't be read: too old"),
+    ],
+)
+def test_own_code_that_fails_is_told_before_a_gpu_is_taken_even_of_a_family_that_is_known(
+    job: Job, tmp_path: Path, tokenizer: Any, file: str, code: str, words: str
+) -> None:
+    chatglm = next(family for family in FAMILIES if family.own_code)
+    folder = write_model(chatglm, tokenizer, tmp_path / "chatglm")
+    job.remote_code_allowed = True
+    job.change(model={"uri": f"file://{folder}", "trustRemoteCode": True}, training={"packing": False})
+    (folder / f"{file}_chatglm.py").write_text(code)
+    with pytest.raises(StepError, match=words) as refused:
+        job.prepare()
+    assert (refused.value.reason, refused.value.field) == (Reason.MODEL_INVALID, "model.uri")

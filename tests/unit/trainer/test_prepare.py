@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qlora_vram.positions import TABLES, longest_row
 from qlorajob.errors import Reason, StepError
 from tests.unit.trainer.jobs import Job
 
@@ -189,6 +190,64 @@ def test_a_model_of_which_a_part_is_missing_is_refused(
     assert words in refusal.message
 
 
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize(
+    ("without", "config", "words"),
+    [
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            {},
+            r"lacks weights: there is no model\.layers\.1\.mlp\.up_proj\.weight$",
+        ),
+        (
+            None,
+            {"num_hidden_layers": 3},
+            r"there is no model\.layers\.2\.\S+ and 6 more that its config\.json asks for",
+        ),
+    ],
+)
+def test_a_model_of_which_a_layer_s_weights_are_missing_is_refused(
+    job: Job, changed_model: ChangedModel, shards: int, without: str | None, config: dict[str, Any], words: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = changed_model(**config)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(without or "", None)
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+    else:
+        (folder / "model.safetensors").unlink()
+        names = [f"model-{number}.safetensors" for number in range(shards)]
+        for number, name in enumerate(names):
+            save_file(dict([*weights.items()][number::shards]), folder / name)
+        index = {key: names[number % shards] for number, key in enumerate(weights)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    refusal = _refusal(job.change(model={"uri": f"file://{folder}"}))
+    assert (refusal.reason, refusal.field) == (Reason.MODEL_INVALID, "model.uri")
+    assert re.search(words, refusal.message)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -100])
+def test_weights_that_are_cut_off_are_refused(job: Job, changed_model: ChangedModel, kept: int) -> None:
+    weights = changed_model() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    refusal = _refusal(job.change(model={"uri": f"file://{weights.parent}"}))
+    assert (refusal.reason, refusal.field) == (Reason.MODEL_INVALID, "model.uri")
+    assert re.search(r"can't be read: model\.safetensors is(n't| cut off)", refusal.message)
+
+
+def test_names_that_another_library_gave_the_weights_are_not_held_against_them(
+    job: Job, changed_model: ChangedModel
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = changed_model()
+    weights = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): value for name, value in weights.items()}, folder / "model.safetensors")
+    assert job.change(model={"uri": f"file://{folder}"}).prepare().total_steps == 4
+
+
 def test_a_model_with_code_of_its_own_needs_trust(job: Job, changed_model: ChangedModel) -> None:
     refusal = _refusal(job.change(model={"uri": f"file://{changed_model(**REMOTE_CODE)}"}))
     assert (refusal.reason, refusal.field) == (Reason.REMOTE_CODE_REFUSED, "model.trustRemoteCode")
@@ -209,6 +268,41 @@ def test_a_family_whose_packed_rows_would_see_each_other_is_refused(job: Job, ch
     assert job.change(training={"packing": False}).prepare().total_steps == 4
 
 
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        (
+            {},
+            "training.maxSequenceLength",
+            "a row has 33 tokens, but the model has positions for 32 only; set 32 or less",
+        ),
+        (
+            {"training": {"maxSequenceLength": 32}, "evaluation": {"prompts": ["a"], "maxNewTokens": 40}},
+            "evaluation.maxNewTokens",
+            "to come, but the model has positions for 32 only; set less",
+        ),
+    ],
+)
+def test_what_goes_beyond_a_model_s_table_of_positions_is_refused_before_a_gpu_is_taken(
+    job: Job, changed_model: ChangedModel, fields: dict[str, Any], field: str, words: str
+) -> None:
+    job.change(model={"uri": f"file://{changed_model(model_type='gptj', n_positions=32, rotary_dim=8)}"})
+    job.change(
+        dataset={"template": "{{ instruction }} {{ output }} " + "zulu " * 30}, training={"maxSequenceLength": 33}
+    )
+    refusal = _refusal(job.change(**fields))
+    assert (refusal.reason, refusal.field) == (Reason.UNSUPPORTED, field)
+    assert words in refusal.message
+
+
+@pytest.mark.parametrize("model_type", sorted(TABLES))
+def test_tables_of_positions_end_where_transformers_end_them(model_type: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type]()
+    assert longest_row({"model_type": model_type}) == longest_row(config.to_dict())
+
+
 def test_the_default_layers_of_a_known_family_are_accepted(job: Job) -> None:
     assert job.change(lora={"targetModules": "default"}).prepare().total_steps == 4
 
@@ -222,3 +316,10 @@ def test_a_prompt_that_the_template_cannot_take_is_refused_before_a_gpu_is_asked
     refusal = _refusal(job.change(evaluation={"prompts": ["undivided"]}))
     assert (refusal.reason, refusal.field) == (Reason.TEMPLATE_INVALID, "dataset.template")
     assert "a prompt of evaluation.prompts" in refusal.message
+
+
+def test_a_prompt_of_which_the_template_leaves_nothing_is_refused_before_a_gpu_is_asked_for(job: Job) -> None:
+    job.change(dataset={"template": "{{ output }} is the {{ instruction }}"}, evaluation={"prompts": ["code of zulu"]})
+    refusal = _refusal(job)
+    assert (refusal.reason, refusal.field) == (Reason.TEMPLATE_INVALID, "evaluation.prompts")
+    assert "dataset.template has nothing before its output" in refusal.message
