@@ -76,7 +76,8 @@ def _classes(classes: tuple[ClassAnswer, ...], chosen: Plan | None) -> list[Rend
         ("tok/s", True),
         ("how", False),
     ):
-        table.add_column(title, justify="right" if right else "left", no_wrap=True)
+        # In a narrow terminal the last column gives way, and no number loses a digit.
+        table.add_column(title, justify="right" if right else "left", no_wrap=title != "how")
     for each in classes:
         is_chosen = chosen is not None and each.gpu.name == chosen.gpu_class
         table.add_row(
@@ -92,8 +93,8 @@ def _classes(classes: tuple[ClassAnswer, ...], chosen: Plan | None) -> list[Rend
 
 
 def _how(cut: Workload) -> str:
-    again = cut.facts.layers - cut.kept_layers
-    recomputed = f", {again} of {cut.facts.layers} layers again" if again else ""
+    layers, again = cut.facts.layers, cut.facts.layers - cut.kept_layers
+    recomputed = "" if not again else ", all layers again" if again == layers else f", {again} of {layers} layers again"
     where = ", from the host" if cut.shape.offload else ""
     return f"{cut.shape.rows} × {cut.accumulation}{recomputed}{where}{', weights cached' if cut.shape.cached else ''}"
 

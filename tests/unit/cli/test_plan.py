@@ -181,3 +181,15 @@ def test_render_refuses_what_fits_nowhere(write: Callable[[str], Path], tmp_path
     result = run("render", write("s3://bucket/model"), "--config", tmp_path)
     assert result.exit_code == 64
     assert "DoesNotFit: spec.resources.gpuClass" in result.stderr
+
+
+def test_no_number_loses_a_digit_in_a_narrow_terminal(
+    write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = run(
+        "plan", write("hf://meta-llama/Llama-2-7b-hf"), "--what-if", "training.gradientCheckpointing=true"
+    ).stdout
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 60
+    assert "all layers again" in " ".join(shown.split())
