@@ -75,6 +75,8 @@ class Layout:
 
     repository: Path = DEV.parent
     endpoints: Endpoints = Endpoints()
+    launcher: tuple[str, ...] = ()
+    """Command in front of every daemon's own, which it has to become."""
 
     @property
     def state(self) -> Path:

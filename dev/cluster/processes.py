@@ -42,7 +42,7 @@ def start(
     if running(layout, name) is None:
         with layout.log_file(name).open("ab") as log:
             process = subprocess.Popen(
-                [str(part) for part in command],
+                [*layout.launcher, *map(str, command)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

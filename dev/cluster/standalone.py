@@ -20,8 +20,11 @@ _ENDPOINTS = Endpoints(
 
 @contextmanager
 def control_plane(directory: Path) -> Iterator[Layout]:
-    """etcd, API server, controller manager and scheduler, with all their state in `directory`."""
-    paths = Layout(directory, _ENDPOINTS)
+    """etcd, API server, controller manager and scheduler, with all their state in `directory`.
+
+    They end with this process, also if it is killed: an etcd that is left over would answer in the next one's place.
+    """
+    paths = Layout(directory, _ENDPOINTS, launcher=("setpriv", "--pdeathsig", "KILL", "--"))
     for part in (paths.bin, paths.logs, paths.pids, paths.config, paths.pki):
         part.mkdir(parents=True, exist_ok=True)
     binaries.build_all(paths)

@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from cluster import cgroups, processes
 from cluster.layout import Layout
-from cluster.shell import ClusterError
+from cluster.shell import ClusterError, wait_until
 
 _SLEEP = "import pathlib, time; pathlib.Path('ready').touch(); time.sleep(600)"
 
@@ -55,6 +57,23 @@ def test_a_daemon_that_runs_is_not_started_twice(layout: Layout) -> None:
     first = processes.running(layout, "daemon")
     assert not processes.start(layout, "daemon", command, ready=lambda: True)
     assert processes.running(layout, "daemon") == first
+
+
+def test_a_daemon_that_is_bound_to_the_process_that_started_it_ends_with_it(layout: Layout) -> None:
+    """As a test's own control plane is: pytest may be killed."""
+    program = f"""if True:
+        import os, pathlib, signal
+        from cluster import cgroups, processes
+        from cluster.layout import Layout
+        cgroups.join = lambda pid: None
+        bound = Layout(pathlib.Path({str(layout.repository)!r}), launcher=("setpriv", "--pdeathsig", "KILL", "--"))
+        processes.start(bound, "sleep", ["sleep", "600"], ready=lambda: processes.running(bound, "sleep") is not None)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": "dev"}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert layout.pid_file("sleep").exists()
+    wait_until(lambda: processes.running(layout, "sleep") is None, 10, lambda: "it goes on")
 
 
 def test_a_daemon_that_ends_at_once_is_reported_with_the_end_of_its_log(layout: Layout) -> None:
