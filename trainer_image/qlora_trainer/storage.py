@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from qlorajob.spec import OutputSpec
 
@@ -77,13 +77,14 @@ def open_storage(uri: str, output: OutputSpec, *, field: str, accepted: bool = F
     """
     uri = uri.rstrip("/")
     parts = urlsplit(uri)
+    path = unquote(parts.path)
     if parts.scheme == "file":
-        return LocalStorage(Path(parts.path), uri)
+        return LocalStorage(Path(path), uri)
     from qlora_trainer.s3.client import open_client  # boto3 takes a second to import
     from qlora_trainer.s3.errors import Blame
     from qlora_trainer.s3.storage import S3Storage
 
-    return S3Storage(open_client(output), parts.netloc, parts.path.strip("/"), Blame(field, output, accepted))
+    return S3Storage(open_client(output), parts.netloc, path.strip("/"), Blame(field, output, accepted))
 
 
 class LocalStorage:

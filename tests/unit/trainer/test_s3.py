@@ -56,6 +56,17 @@ def test_a_job_goes_from_s3_to_s3(s3_job: Job) -> None:
     assert {key.split("/")[0] for key in stored} == {"adapter", "merged", "tensorboard", "report.json", "report.html"}
 
 
+def test_names_in_s3_are_percent_encoded_as_everywhere(s3_job: Job, gateway: Gateway, model_folder: Path) -> None:
+    bucket = s3_job.spec["output"]["uri"].removesuffix("/adapters")
+    storage = open_storage(bucket, gateway.output(bucket), field="output.uri")
+    storage.write("My Data/100%/My rows.jsonl", storage.read("data/codes.jsonl") or b"")
+    for path in model_folder.iterdir():
+        storage.upload(path, f"My Data/tiny/{path.name}")
+    s3_job.change(model={"uri": f"{bucket}/My%20Data/tiny"})
+    for name in ("My%20Data/100%25", "My%20Data/100%25/My%20rows.jsonl"):
+        assert s3_job.change(dataset={"uri": f"{bucket}/{name}"}).prepare().train_rows == 43
+
+
 def test_one_object_may_be_the_dataset(s3_job: Job) -> None:
     folder = s3_job.spec["dataset"]["uri"]
     assert s3_job.change(dataset={"uri": f"{folder}/codes.jsonl"}).prepare().train_rows == 43
