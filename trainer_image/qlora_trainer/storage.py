@@ -47,6 +47,9 @@ class Storage(Protocol):
     def read(self, key: str) -> bytes | None:
         """Content of a small object; None when there is none."""
 
+    def read_start(self, key: str, length: int) -> bytes:
+        """The first bytes of an object, as many as there are. Raises FileNotFoundError."""
+
     def write(self, key: str, content: bytes, *, over: str | None = None) -> str:
         """Create or replace an object, atomically; its new tag.
 
@@ -107,6 +110,11 @@ class LocalStorage:
             return (self._root / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def read_start(self, key: str, length: int) -> bytes:
+        """See Storage."""
+        with (self._root / key).open("rb") as file:
+            return file.read(length)
 
     def write(self, key: str, content: bytes, *, over: str | None = None) -> str:
         """See Storage."""
