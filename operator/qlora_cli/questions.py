@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -117,7 +118,7 @@ def facts_of(spec: QLoRAJobSpec, config: Path | None) -> ModelFacts:
     """
     scheme, _, rest = spec.model.uri.partition("://")
     if config is None and scheme == "file":
-        config = Path(rest)
+        config = Path(unquote(rest))
     if config is not None:
         return _facts_from_config(config)
     found = lookup(rest.partition("@")[0]) if scheme == "hf" else None

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from qlora_trainer.rows import Row
+from qlora_trainer.rows import Row, is_message
 from qlorajob.errors import Reason, StepError
 
 FIELD = "dataset.columns.messages"
 TOOLS_FIELD = "dataset.columns.tools"
+PROMPT_FIELD, COMPLETION_FIELD = "dataset.columns.prompt", "dataset.columns.completion"
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -33,35 +34,57 @@ Tools = list[dict[str, Any]]
 Span = tuple[int, int]
 
 
-def messages_of(row: Row, column: str) -> list[Message]:
+def holds_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, or that as JSON, where it could be plain text as well."""
+    if not isinstance(value, str):
+        return isinstance(value, list)
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and is_message(turns[0])
+
+
+def prompt_and_completion_of(row: Row, prompt: str, completion: str) -> tuple[list[Message], list[Message]]:
+    """The messages of two columns, the first of which the assistant is to answer. Raises StepError."""
+    asked, answer = messages_of(row, prompt, PROMPT_FIELD), messages_of(row, completion, COMPLETION_FIELD)
+    if asked and asked[-1]["role"] == "assistant":
+        problem = f"column {prompt} ends with what the assistant says: move that to column {completion}"
+        raise _refused_row(row, problem, PROMPT_FIELD)
+    return asked, answer
+
+
+def messages_of(row: Row, column: str, field: str = FIELD) -> list[Message]:
     """Messages with role and content, from those or from ShareGPT's from and value. Raises StepError."""
-    turns = _value(row, column, FIELD) or []
+    turns = _value(row, column, field, "messages") or []
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         kind = "" if isinstance(turns, list) else f", not {type(turns).__name__}"
         raise _refused_row(
-            row, f"column {column} must be a list of messages with role and content, or that as JSON{kind}"
+            row, f"column {column} must be a list of messages with role and content, or that as JSON{kind}", field
         )
-    return [_message(turn, f"message {number} in column {column}", row) for number, turn in enumerate(turns, start=1)]
+    return [
+        _message(turn, f"message {number} in column {column}", row, field) for number, turn in enumerate(turns, start=1)
+    ]
 
 
-def _message(turn: dict[str, Any], name: str, row: Row) -> Message:
+def _message(turn: dict[str, Any], name: str, row: Row, field: str) -> Message:
     """What else a message holds, such as tool_calls, is for the chat template."""
     rest = {key: value for key, value in _filled(turn).items() if key not in ("from", "value")}
     role = turn.get("role") or turn.get("from")
     if role not in tuple(ROLES):  # compared, not looked up: it may be anything
-        raise _refused_row(row, f"the role of {name} is {_shown(role)}; it must be one of {', '.join(ROLES)}")
+        raise _refused_row(row, f"the role of {name} is {_shown(role)}; it must be one of {', '.join(ROLES)}", field)
     if not turn.keys() & {"content", "value", "tool_calls"}:
-        raise _refused_row(row, f"{name} has neither content nor value; it has {', '.join(turn)}")
+        raise _refused_row(row, f"{name} has neither content nor value; it has {', '.join(turn)}", field)
     content = turn.get("content")
     content = _text(turn.get("value") or "" if content is None else content)
     if not isinstance(content, str):
-        raise _refused_row(row, f"the content of {name} is {type(content).__name__}, not text")
+        raise _refused_row(row, f"the content of {name} is {type(content).__name__}, not text", field)
     return rest | {"role": ROLES[role], "content": content}
 
 
 def tools_of(row: Row, column: str | None) -> Tools | None:
     """The tools of a conversation, a list or that as JSON; None where it has none. Raises StepError."""
-    found = _value(row, column, TOOLS_FIELD) if column is not None else None
+    found = _value(row, column, TOOLS_FIELD, "tools") if column is not None else None
     if not found:
         return None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
@@ -69,7 +92,7 @@ def tools_of(row: Row, column: str | None) -> Tools | None:
     return [_filled(tool) for tool in found]
 
 
-def _value(row: Row, column: str, field: str) -> Any:
+def _value(row: Row, column: str, field: str, what: str) -> Any:
     """What stands in a column: a list, or that as JSON, as in CSV. None where there is nothing. Raises StepError."""
     found = row.values.get(column)
     if found != found:  # NaN is how pandas writes nothing
@@ -81,7 +104,8 @@ def _value(row: Row, column: str, field: str) -> Any:
     except RecursionError:
         raise _refused_row(row, f"column {column}: lists and objects are nested too deeply", field) from None
     except ValueError as error:
-        raise _refused_row(row, f"column {column} is not valid JSON: {error}", field) from None
+        problem = f"column {column} is not valid JSON: {error}; give a list of {what}, or that as JSON"
+        raise _refused_row(row, problem, field) from None
 
 
 def _filled(value: Any) -> Any:
@@ -110,7 +134,7 @@ def _shown(value: Any) -> str:
     return "missing" if value is None else str(value)[:40]
 
 
-def _refused_row(row: Row, problem: str, field: str = FIELD) -> StepError:
+def _refused_row(row: Row, problem: str, field: str) -> StepError:
     return StepError(Reason.DATASET_INVALID, f"dataset: {row.where}: {problem}", field=field)
 
 
@@ -123,33 +147,43 @@ PROBE: list[Message] = [
 class ChatRenderer:
     """Renders conversations with the tokenizer's chat template."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Raises StepError for a tokenizer without a chat template."""
+    def __init__(self, tokenizer: Any, field: str = FIELD) -> None:
+        """`field` is what messages name. Raises StepError for a tokenizer without a chat template."""
         if not tokenizer.chat_template:
             message = "dataset.format: the model's tokenizer has no chat template; give the data in another format"
             raise StepError(Reason.TEMPLATE_INVALID, message, field="dataset.format")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._field = tokenizer, field
 
     def question(self, question: str) -> str:
         """The text after which the assistant answers a question."""
         messages = [{"role": "user", "content": question}]
         return self._render(messages, where="a prompt of evaluation.prompts", add_generation_prompt=True)
 
-    def conversation(self, messages: list[Message], where: str, tools: Tools | None = None) -> tuple[str, list[Span]]:
-        """The text of a conversation, and the spans of it that the assistant says, up to the end of each turn."""
-        text, spans = self._spoken(messages, where, tools)
+    def conversation(
+        self, messages: list[Message], where: str, tools: Tools | None = None, *, asked: int = 0
+    ) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the spans of it that the assistant says, up to the end of each turn.
+
+        The first `asked` messages are a prompt, of which nothing counts.
+        """
+        text, spans = self._spoken(messages, where, tools, asked)
         if spans and messages[-1]["role"] == "assistant" and self._leaves_turns_open:
             start, end = spans[-1]
             text = text[:end] + self._tokenizer.eos_token
             spans = [*spans[:-1], (start, len(text))]
         return text, spans
 
-    def _spoken(self, messages: list[Message], where: str, tools: Tools | None = None) -> tuple[str, list[Span]]:
+    def _spoken(
+        self, messages: list[Message], where: str, tools: Tools | None = None, asked: int = 0
+    ) -> tuple[str, list[Span]]:
         """What the template makes of it."""
         if self._marked_template is not None:
-            return self._marked(messages, where, self._marked_template, tools)
+            text, spans = self._marked(messages, where, self._marked_template, tools)
+            if any(message["role"] == "assistant" for message in messages[:asked]):
+                spans = spans[len(self._marked(messages[:asked], where, self._marked_template, tools)[1]) :]
+            return text, spans
         text = self._render(messages, where, tools=tools)
-        return text, self._spans_by_prefix(messages, text, where, tools)
+        return text, self._spans_by_prefix(messages, text, where, tools, asked)
 
     @cached_property
     def _leaves_turns_open(self) -> bool:
@@ -190,16 +224,16 @@ class ChatRenderer:
                 **self._tokenizer.special_tokens_map,
             )
         except Exception as error:  # Jinja's errors, and whatever raise_exception() raises
-            raise _refused(where, error) from None
+            raise self._refused(where, error) from None
         return texts[0], spans[0]
 
     def _spans_by_prefix(
-        self, messages: list[Message], text: str, where: str, tools: Tools | None = None
+        self, messages: list[Message], text: str, where: str, tools: Tools | None = None, asked: int = 0
     ) -> list[Span]:
         """A turn of the assistant is what the text has more than it would have if the turn were still to come."""
         spans = []
         for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if number < asked or message["role"] != "assistant":
                 continue
             start = self._start(messages[:number], text, where, tools)
             upto = self._render(messages[: number + 1], where, tools=tools)
@@ -207,7 +241,7 @@ class ChatRenderer:
                 problem = (
                     "dataset.format: the model's chat template writes a turn differently when another one follows, so "
                     f"the assistant's words can't be told apart ({where}); use a tokenizer whose template marks them "
-                    "with {% generation %}, or give the data as prompt and completion"
+                    "with {% generation %}, or give prompt and completion as text"
                 )
                 raise StepError(Reason.TEMPLATE_INVALID, problem, field="dataset.format")
             end = len(upto.rstrip())  # a line break after the end of a turn belongs to the template
@@ -235,7 +269,12 @@ class ChatRenderer:
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)  # type: ignore[no-any-return]
         except Exception as error:  # Jinja's errors, and whatever raise_exception() raises
-            raise _refused(where, error) from None
+            raise self._refused(where, error) from None
+
+    def _refused(self, where: str, error: Exception) -> StepError:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        message = f"dataset: {where}: the chat template refuses it: {lines[0]}"
+        return StepError(Reason.DATASET_INVALID, message, field=self._field)
 
 
 def _trl_version(tokenizer: Any) -> str | None:
@@ -270,8 +309,3 @@ def tokens_within(tokenizer: Any, text: str, ids: list[int], offsets: Any, spans
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many items two sequences have in common from their start."""
     return sum(1 for _ in takewhile(bool, (a == b for a, b in zip(one, other, strict=False))))
-
-
-def _refused(where: str, error: Exception) -> StepError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return StepError(Reason.DATASET_INVALID, f"dataset: {where}: the chat template refuses it: {lines[0]}", field=FIELD)

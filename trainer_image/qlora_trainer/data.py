@@ -105,7 +105,8 @@ def load_data(settings: Settings, tokenizer: Any) -> TrainingData:
     columns = source.columns()
     if not columns:
         raise StepError(Reason.DATASET_EMPTY, f"dataset.uri: {spec.uri} has no rows", field="dataset.uri")
-    encoder = Encoder(tokenizer, spec, Columns.detect(spec, columns))
+    chosen = (row for row in source if _passes(row, spec.filter))
+    encoder = Encoder(tokenizer, spec, Columns.detect(spec, columns, chosen))
     train = _encode(source, columns, encoder, settings)
     digest, validation = source.digest, None
     if spec.validation is not None and spec.validation.fraction is not None:

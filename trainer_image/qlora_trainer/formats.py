@@ -2,7 +2,7 @@
 
 text               every token
 instruction        every token of the filled-in template, prompt included, as the reference recipes do
-prompt-completion  the completion only, as TRL does
+prompt-completion  the completion only, as TRL does; where both are messages, the assistant's turns in the completion
 chat               the assistant's turns, each up to its end
 """
 
@@ -12,13 +12,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_trainer.chat import ChatRenderer, common_length, messages_of, says_something, tokens_within, tools_of
+from qlora_trainer.chat import (
+    FIELD,
+    PROMPT_FIELD,
+    ChatRenderer,
+    Message,
+    Span,
+    common_length,
+    holds_messages,
+    messages_of,
+    prompt_and_completion_of,
+    says_something,
+    tokens_within,
+    tools_of,
+)
 from qlora_trainer.rows import Row
 from qlora_trainer.templates import PromptTemplate
 from qlorajob.errors import Reason, StepError
 from qlorajob.spec import DatasetSpec
 
-Format = Literal["text", "instruction", "prompt-completion", "chat"]
+Format = Literal["text", "instruction", "prompt-completion", "conversational prompt-completion", "chat"]
+"""Those of the manifest, and what prompt-completion is where both are messages: the rows tell."""
 
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction",),
@@ -30,6 +44,8 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation"),
     "tools": ("tools",),
 }
+ASKED_BY: dict[Format, str] = {"chat": FIELD, "conversational prompt-completion": PROMPT_FIELD}
+"""Formats that the chat template puts into text, and the field of the column that it starts with."""
 REQUIRED: dict[Format, tuple[str, ...]] = {
     "chat": ("messages",),
     "prompt-completion": ("prompt", "completion"),
@@ -53,8 +69,11 @@ class Columns:
     """Columns without which no row can be read."""
 
     @classmethod
-    def detect(cls, spec: DatasetSpec, present: Sequence[str]) -> Columns:
-        """Find format and columns among those that are there. Raises StepError when one is missing."""
+    def detect(cls, spec: DatasetSpec, present: Sequence[str], rows: Iterable[Row] = ()) -> Columns:
+        """Find format and columns among those that are there. Raises StepError when one is missing.
+
+        The first of the rows with a prompt says whether prompts are text or messages.
+        """
         required = _required(spec)
         found = {part: name for part in USUAL_NAMES if (name := _column(part, spec, present)) is not None}
         # With auto, a format whose columns the manifest names is tried before those that are merely there.
@@ -64,7 +83,9 @@ class Columns:
                 if absent:
                     raise _missing(absent[0], f"format {format_} needs a column {absent[0]}", present)
             if spec.format in (format_, "auto") and all(part in found for part in parts):
-                return cls(format_, found, tuple(found[part] for part in parts))
+                needed = tuple(found[part] for part in parts)
+                conversational = format_ == "prompt-completion" and _hold_messages(rows, *needed)
+                return cls("conversational prompt-completion" if conversational else format_, found, needed)
         message = (
             f"dataset.format: can't tell the format from the columns {', '.join(present)}; "
             "name them in dataset.columns, or set dataset.format"
@@ -90,7 +111,8 @@ class Encoder:
         self.columns = columns
         self._tokenizer = tokenizer
         self._template = PromptTemplate(spec.template) if columns.format == "instruction" else None
-        self._chat = ChatRenderer(tokenizer) if columns.format == "chat" else None
+        asked_by = ASKED_BY.get(columns.format)
+        self._chat = ChatRenderer(tokenizer, asked_by) if asked_by else None
 
     def encode(self, rows: Sequence[Row]) -> Iterable[Encoded | None]:
         """Input ids and labels of each row, or None where there is nothing to learn."""
@@ -139,22 +161,29 @@ class Encoder:
             yield (ids, [IGNORED] * start + ids[start:]) if completion.strip() else None
 
     def _conversations(self, rows: Sequence[Row], chat: ChatRenderer) -> Iterable[Encoded | None]:
-        names = self.columns.names
-        conversations = [(messages_of(row, names["messages"]), tools_of(row, names.get("tools"))) for row in rows]
-        rendered = [
-            chat.conversation(messages, row.where, tools) if any(map(says_something, messages)) else ("", [])
-            for (messages, tools), row in zip(conversations, rows, strict=True)
-        ]
+        rendered = [self._conversation(row, chat) for row in rows]
         if not rendered:
             return
-        column = names["messages"]
-        texts = [_whole(text, row, column) for (text, _), row in zip(rendered, rows, strict=True)]
+        columns = " or ".join(self.columns.needed)
+        texts = [_whole(text, row, columns) for (text, _), row in zip(rendered, rows, strict=True)]
         encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=self._tokenizer.is_fast)
         offsets = encoded.get("offset_mapping") or [None] * len(texts)
         for (text, spans), ids, places in zip(rendered, encoded["input_ids"], offsets, strict=True):
             learnt = tokens_within(self._tokenizer, text, ids, places, spans)
             labels = [token if is_learnt else IGNORED for token, is_learnt in zip(ids, learnt, strict=True)]
             yield (ids, labels) if any(learnt) else None
+
+    def _conversation(self, row: Row, chat: ChatRenderer) -> tuple[str, list[Span]]:
+        """The text of a conversation and which parts of it are learnt: of what the assistant only answers to, none."""
+        asked: list[Message] = []
+        if self.columns.format == "chat":
+            answered = messages_of(row, *self.columns.needed)
+        else:
+            asked, answered = prompt_and_completion_of(row, *self.columns.needed)
+        tools = tools_of(row, self.columns.names.get("tools"))
+        if not any(map(says_something, answered)):
+            return "", []
+        return chat.conversation([*asked, *answered], row.where, tools, asked=len(asked))
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
         """Token ids with the end-of-text token last, so that the model learns to stop."""
@@ -173,6 +202,15 @@ def _whole(text: str, row: Row, column: str) -> str:
         message = f"dataset: {row.where}: column {column} holds {half}, half of a character: mend or drop it"
         raise StepError(Reason.DATASET_INVALID, message, field="dataset.uri") from None
     return text
+
+
+def _hold_messages(rows: Iterable[Row], prompt: str, completion: str) -> bool:
+    """Whether prompts and completions are messages. JSON in a completion alone may be text that is to be learnt."""
+    for row in rows:
+        asked, answer = row.values.get(prompt), row.values.get(completion)
+        if asked or isinstance(answer, list):
+            return holds_messages(asked) or isinstance(answer, list)
+    return False
 
 
 def _required(spec: DatasetSpec) -> dict[Format, tuple[str, ...]]:

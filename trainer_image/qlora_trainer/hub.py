@@ -11,6 +11,9 @@ from typing import Any
 from qlora_trainer.uris import HubRepo
 from qlorajob.errors import ExitCode, Reason, StepError, first_line
 
+EMPTY = 416
+"""Status where a range has nothing in it."""
+
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
@@ -19,7 +22,7 @@ class HubModel:
     repo: str
     commit: str
     files: dict[str, int]
-    """Size of each file."""
+    """Size of each file; 0 where the hub doesn't tell it."""
 
 
 def resolve_model(repo: HubRepo) -> HubModel:
@@ -38,6 +41,30 @@ def download_model(repo: str, commit: str, files: list[str]) -> Path:
 
     with _translated(HubRepo(repo, commit), missing=Reason.MODEL_NOT_FOUND, field="model.uri"):
         return Path(snapshot_download(repo, revision=commit, allow_patterns=files))
+
+
+def read_start(repo: str, commit: str, file: str, length: int) -> bytes:
+    """The first bytes of a model's file. Of a hub that knows no ranges, no more is read either."""
+    from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented there
+
+    url = hf_hub_url(repo, file, revision=commit)
+    headers = build_hf_headers() | {"Range": f"bytes=0-{length - 1}", "Accept-Encoding": "identity"}
+    read = bytearray()
+    with (
+        _translated(HubRepo(repo, commit), missing=Reason.MODEL_NOT_FOUND, field="model.uri"),
+        get_session().stream("GET", url, headers=headers) as response,
+    ):
+        if response.status_code == EMPTY:
+            return b""
+        if response.is_error:
+            response.read()  # what it says
+        hf_raise_for_status(response)
+        for part in response.iter_bytes():
+            read += part
+            if len(read) >= length:
+                break
+    return bytes(read[:length])
 
 
 def cached_model(repo: str, commit: str) -> Path | None:

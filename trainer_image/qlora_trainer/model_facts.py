@@ -50,7 +50,7 @@ def inspect_model(source: ModelSource, settings: Settings) -> ModelFacts:
     _check_remote_code(raw, settings)
     config = _load_config(folder, settings)
     model = _outline(known, raw, config, settings)
-    source.files.check_layers(settings.spec.model.uri, folder, model.linear_paths())
+    source.files.check_layers(settings.spec.model.uri, folder, model.linear_paths(), source.start_of)
     _check_target_modules(model, str(raw.get("model_type", "")), settings.spec)
     _check_packing(model, settings.spec)
     if mixture:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,9 @@ METADATA = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "*.safetensors", "*.bin"
 WHOLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 NOT_THE_MODEL = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.*", "consolidated*.safetensors")
+
+StartOf = Callable[[str, int], bytes]
+"""ModelSource.start_of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,30 +57,37 @@ class ModelFiles:
             message = f"{FIELD}: {uri} has no weights (*.safetensors or *.bin)"
             raise StepError(Reason.MODEL_INVALID, message, field=FIELD)
 
-    def tensor_names(self, uri: str, folder: Path) -> Collection[str]:
-        """The tensors that the weights hold, as far as an index or files that are here say; empty where they don't.
+    def tensor_names(self, uri: str, folder: Path, start_of: StartOf) -> Collection[str]:
+        """The tensors that the weights hold, as far as an index or the heads of files say; empty where they don't.
 
         `folder` has the metadata. Refuses weights of which a part is missing, as after an upload that ended early.
         """
         try:
             for whole in WHOLE_WEIGHTS:
                 if whole in self.weights:
-                    return _names_in_files(folder, [whole])
+                    return self._names_in([whole], start_of)
                 if (index := f"{whole}.index.json") in self.metadata:
                     file_of = names_in_index(folder / index)
                     parts = set(file_of.values())
                     if missing := sorted(parts - self.weights.keys()):
                         raise _lacking(uri, f"{index} names {missing[0]}, which isn't there")
-                    return _names_in_files(folder, parts) or file_of.keys()
+                    here = all((folder / part).exists() for part in parts)
+                    return (self._names_in(parts, start_of) if here else None) or file_of.keys()
         except BrokenFileError as error:
             message = f"{FIELD}: the weights of {uri} can't be read: {error}"
             raise StepError(Reason.MODEL_INVALID, message, field=FIELD) from None
         message = f"{FIELD}: {uri} has neither {' nor '.join(WHOLE_WEIGHTS)}, nor an index of parts (….index.json)"
         raise StepError(Reason.MODEL_INVALID, message, field=FIELD)
 
-    def check_layers(self, uri: str, folder: Path, layers: Iterable[str]) -> None:
+    def _names_in(self, files: Collection[str], start_of: StartOf) -> set[str]:
+        """The tensors of safetensors files; none of others."""
+        if not all(fnmatch(file, SAFE_WEIGHTS) for file in files):
+            return set()
+        return set[str]().union(*(names_in_file(file, self.weights[file], partial(start_of, file)) for file in files))
+
+    def check_layers(self, uri: str, folder: Path, layers: Iterable[str], start_of: StartOf) -> None:
         """Refuse weights that lack those of a linear layer. `layers` are module paths."""
-        names = self.tensor_names(uri, folder)
+        names = self.tensor_names(uri, folder, start_of)
         if absent := absent_layers(layers, names):
             more = f" and {len(absent) - 1} more that its config.json asks for" if len(absent) > 1 else ""
             raise _lacking(uri, f"there is no {absent[0]}{more}")
@@ -85,14 +96,6 @@ class ModelFiles:
     def weight_bytes(self) -> int:
         """Size of the download."""
         return sum(self.weights.values())
-
-
-def _names_in_files(folder: Path, files: Iterable[str]) -> set[str]:
-    """The tensors of safetensors files; none unless all of them are here."""
-    paths = [folder / file for file in files]
-    if not all(path.suffix == ".safetensors" and path.exists() for path in paths):
-        return set()
-    return set[str]().union(*map(names_in_file, paths))
 
 
 def _lacking(uri: str, words: str) -> StepError:
@@ -110,6 +113,9 @@ class ModelSource(Protocol):
 
     def weights_folder(self) -> Path:
         """Folder with everything, the weights included."""
+
+    def start_of(self, file: str, length: int) -> bytes:
+        """The first bytes of a file, without bringing the rest of it here."""
 
 
 def open_model(settings: Settings, revision: str | None = None) -> ModelSource:
@@ -160,6 +166,10 @@ class HubSource:
         """See ModelSource."""
         return hub.download_model(self._repo, self.revision, [*self.files.metadata, *self.files.weights])
 
+    def start_of(self, file: str, length: int) -> bytes:
+        """See ModelSource."""
+        return hub.read_start(self._repo, self.revision, file, length)
+
 
 class S3Source:
     """A folder in S3. The revision is a digest of names, sizes and ETags, so that no weights are read for it."""
@@ -186,6 +196,10 @@ class S3Source:
     def weights_folder(self) -> Path:
         """See ModelSource."""
         return self._fetch({**self.files.metadata, **self.files.weights})
+
+    def start_of(self, file: str, length: int) -> bytes:
+        """See ModelSource."""
+        return self._storage.read_start(file, length)
 
     def _fetch(self, files: dict[str, int]) -> Path:
         for name, size in files.items():
@@ -214,6 +228,11 @@ class FolderSource:
     def weights_folder(self) -> Path:
         """See ModelSource."""
         return self._folder
+
+    def start_of(self, file: str, length: int) -> bytes:
+        """See ModelSource."""
+        with (self._folder / file).open("rb") as opened:
+            return opened.read(length)
 
 
 def _fetched_folder(settings: Settings, revision: str) -> Path:

@@ -67,6 +67,10 @@ class PatientStorage:
         """See Storage."""
         return self._repeat(lambda: self._storage.read(key))
 
+    def read_start(self, key: str, length: int) -> bytes:
+        """See Storage."""
+        return self._repeat(lambda: self._storage.read_start(key, length))
+
     def write(self, key: str, content: bytes, *, over: str | None = None) -> str:
         """See Storage."""
         return self._repeat(lambda: self._storage.write(key, content, over=over))

@@ -97,8 +97,10 @@ def _list_inside(content: Any, name: str) -> str | None:
         return None
     lists: list[str] = [key for key, value in content.items() if isinstance(value, list)]
     rows = [key for key in lists if content[key] and all(isinstance(item, dict) for item in content[key])]
+    if any(is_message(content[key][0]) for key in rows):
+        return None
     if len(rows) == 1:
-        return None if _is_message(content[rows[0]][0]) else rows[0]
+        return rows[0]
     if len(lists) == len(content) == 1:  # an empty list, or one with something else in it: its rows will tell
         return lists[0]
     if rows or (lists and len(lists) == len(content)):
@@ -106,7 +108,7 @@ def _list_inside(content: Any, name: str) -> str | None:
     return None
 
 
-def _is_message(item: Mapping[str, Any]) -> bool:
+def is_message(item: Mapping[str, Any]) -> bool:
     """Whether it is a turn of a conversation, and no row."""
     return {"role", "content"} <= item.keys() or {"from", "value"} <= item.keys()
 

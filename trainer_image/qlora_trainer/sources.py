@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from urllib.parse import unquote
 
 from qlora_trainer import hub
 from qlora_trainer.patience import open_input
@@ -109,6 +110,7 @@ def _fetch(uri: str, settings: Settings, field: str) -> Path:
     """Copy a dataset in S3 to local disk: one object whose name ends as a data file's, else all below a prefix."""
     target = settings.folder("dataset") / hashlib.sha256(uri.encode()).hexdigest()[:16]
     parent, _, name = uri.rstrip("/").rpartition("/")
+    name = unquote(name)
     single = is_data_file(name)
     storage = open_input(parent if single else uri, settings, field=field)
     keys = [item.key for item in storage.list(name if single else "")]

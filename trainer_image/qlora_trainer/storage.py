@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from qlorajob.spec import OutputSpec
 
@@ -47,6 +47,9 @@ class Storage(Protocol):
     def read(self, key: str) -> bytes | None:
         """Content of a small object; None when there is none."""
 
+    def read_start(self, key: str, length: int) -> bytes:
+        """The first bytes of an object, as many as there are. Raises FileNotFoundError."""
+
     def write(self, key: str, content: bytes, *, over: str | None = None) -> str:
         """Create or replace an object, atomically; its new tag.
 
@@ -77,13 +80,14 @@ def open_storage(uri: str, output: OutputSpec, *, field: str, accepted: bool = F
     """
     uri = uri.rstrip("/")
     parts = urlsplit(uri)
+    path = unquote(parts.path)
     if parts.scheme == "file":
-        return LocalStorage(Path(parts.path), uri)
+        return LocalStorage(Path(path), uri)
     from qlora_trainer.s3.client import open_client  # boto3 takes a second to import
     from qlora_trainer.s3.errors import Blame
     from qlora_trainer.s3.storage import S3Storage
 
-    return S3Storage(open_client(output), parts.netloc, parts.path.strip("/"), Blame(field, output, accepted))
+    return S3Storage(open_client(output), parts.netloc, path.strip("/"), Blame(field, output, accepted))
 
 
 class LocalStorage:
@@ -106,6 +110,11 @@ class LocalStorage:
             return (self._root / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def read_start(self, key: str, length: int) -> bytes:
+        """See Storage."""
+        with (self._root / key).open("rb") as file:
+            return file.read(length)
 
     def write(self, key: str, content: bytes, *, over: str | None = None) -> str:
         """See Storage."""

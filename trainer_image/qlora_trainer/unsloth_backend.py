@@ -92,11 +92,16 @@ def import_unsloth(plan: Plan) -> None:
 
 
 def load(folder: Path, tokenizer: Any, settings: Settings, plan: Plan, hardware: Hardware) -> Any:
-    """The base model in 4 bit with a fresh adapter, both as Unsloth makes them."""
+    """The base model in 4 bit with a fresh adapter, both as Unsloth makes them.
+
+    Raises StepError where the files aren't the model's: Unsloth would fill what they lack with random numbers.
+    """
     from unsloth import FastLanguageModel
 
     from qlora_trainer.model import require_quantized_layers, targets_refused
+    from qlora_trainer.rehearsal import require_weights
 
+    require_weights(folder, settings)
     spec, length = settings.spec, settings.spec.training.max_sequence_length
     policy = _checkpointing(plan)
     if plan.checkpointing == "partial":

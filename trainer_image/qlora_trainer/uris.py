@@ -36,19 +36,19 @@ def hub_repo(uri: str) -> HubRepo:
 
 def short_name(uri: str) -> str:
     """The end of a URI, without a revision: what people call the thing."""
-    place = hub_repo(uri).repo if is_hub(uri) else uri
-    return place.rstrip("/").rpartition("/")[2]
+    if is_hub(uri):
+        return hub_repo(uri).repo.rpartition("/")[2]
+    return unquote(uri.rstrip("/").rpartition("/")[2])
 
 
 def local_path(uri: str, settings: Settings, *, missing: Reason, field: str) -> Path:
     """Where a pvc://, configmap:// or file:// URI is mounted. Raises StepError when there is nothing."""
     parts = urlsplit(uri)
-    if parts.scheme == "file":
-        path = Path(unquote(parts.path))
-    else:
-        path = settings.mount_root / parts.scheme / parts.netloc / unquote(parts.path).lstrip("/")
-    if not path.exists():
+    inside = unquote(parts.path) or "/"
+    root = Path("/") if parts.scheme == "file" else settings.mount_root / parts.scheme / parts.netloc
+    path = root / inside.lstrip("/")
+    if ".." in path.parts or not path.exists():  # the manifest's own rule sees no dots that are written as %2e
         where = {"pvc": f"the claim {parts.netloc}", "configmap": f"the ConfigMap {parts.netloc}"}
         place = where.get(parts.scheme, "this machine")
-        raise StepError(missing, f"{field}: {uri}: there is no {parts.path or '/'} in {place}", field=field)
+        raise StepError(missing, f"{field}: {uri}: there is no {inside} in {place}", field=field)
     return path

@@ -1,4 +1,4 @@
-"""Which tensors a model's files hold, as far as small files tell: an index, or the head of a file that is here.
+"""Which tensors a model's files hold, as far as little tells that is soon read: an index, or the head of a file.
 
 Without torch: train asks transformers itself (`rehearsal`), when a GPU has been taken.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +30,24 @@ def names_in_index(index: Path) -> dict[str, str]:
     return files
 
 
-def names_in_file(file: Path) -> set[str]:
-    """The tensors of a safetensors file, whose end must be there. Raises BrokenFileError."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > min(size - 8, HEAD_LIMIT):
-            raise BrokenFileError(f"{file.name} is cut off, or isn't a safetensors file")
-        head = opened.read(length)
+def names_in_file(name: str, size: int, start: Callable[[int], bytes]) -> set[str]:
+    """The tensors of a safetensors file, whose end must be there. Raises BrokenFileError.
+
+    `start` gives so many of its bytes, from the first on. A hub may not tell its size, which is 0 then.
+    """
+    first = start(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > (min(size - 8, HEAD_LIMIT) if size else HEAD_LIMIT):
+        raise BrokenFileError(f"{name} is cut off, or isn't a safetensors file")
+    head = start(8 + length)[8:]
     try:
         tensors: dict[str, Any] = json.loads(head)
         tensors.pop("__metadata__", None)
         end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise BrokenFileError(f"{file.name} isn't a safetensors file") from None
-    if 8 + length + end != size:
-        raise BrokenFileError(f"{file.name} is cut off: it has {size} bytes, and its head tells of {8 + length + end}")
+        raise BrokenFileError(f"{name} isn't a safetensors file") from None
+    if size and 8 + length + end != size:
+        raise BrokenFileError(f"{name} is cut off: it has {size} bytes, and its head tells of {8 + length + end}")
     return set(tensors)
 
 

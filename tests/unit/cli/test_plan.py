@@ -112,7 +112,9 @@ def test_a_config_json_is_enough(write: Callable[[str], Path], tmp_path: Path) -
     for option in (tmp_path, tmp_path / "config.json"):
         found = planned(write("s3://bucket/model"), "--config", option)
         assert found["breakdown"]["weights16Bit"] < 10**6
-    assert planned(write(f"file://{tmp_path}"))["plan"] == found["plan"]
+    (tmp_path / "My Model").mkdir()
+    (tmp_path / "config.json").rename(tmp_path / "My Model" / "config.json")
+    assert planned(write(f"file://{tmp_path}/My%20Model"))["plan"] == found["plan"]
 
 
 @pytest.mark.parametrize("uri", ["hf://organisation/unheard-of", "s3://bucket/model", "pvc://claim/model"])

@@ -12,8 +12,11 @@ SPEC_FIELDS = (
 )
 MODULES = "must be all-linear, default, or a list of module names such as [q_proj, v_proj]"
 LABEL = "must start and end with a letter or digit and hold only letters, digits, '-', '_' and '.'"
-MODEL_URI = "must be hf://organisation/name[@revision], s3://bucket/path or pvc://claim/path"
-DATASET_URI = "must be hf://organisation/name[@revision], s3://bucket/path, pvc://claim/path or configmap://name/key"
+MODEL_URI = "must be hf://organisation/name[@revision], s3://bucket/path or pvc://claim/path (with %20 for a space)"
+DATASET_URI = (
+    "must be hf://organisation/name[@revision], s3://bucket/path or pvc://claim/path (with %20 for a space), or "
+    "configmap://name/key"
+)
 OUTPUT_URI = "must be s3://bucket/prefix, in ASCII letters, digits and !&()*+,./:;=@_~-"
 ENDPOINT = "must be http://host[:port] or https://host[:port], without credentials"
 
@@ -128,6 +131,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"spec.model.uri": "pvc://models/../secret"}, "spec.model.uri: must not hold . or .. as a part of the path"),
     ({"spec.dataset.uri": "http://example.com/data.json"}, f"spec.dataset.uri: {DATASET_URI}"),
     ({"spec.dataset.uri": "configmap://name"}, f"spec.dataset.uri: {DATASET_URI}"),
+    ({"spec.dataset.uri": "s3://bucket/My Data/rows.jsonl"}, f"spec.dataset.uri: {DATASET_URI}"),
     ({"spec.output.uri": "/tmp/out"}, f"spec.output.uri: {OUTPUT_URI}"),
     ({"spec.output.uri": "s3://Bucket/x"}, f"spec.output.uri: {OUTPUT_URI}"),
     ({"spec.output.uri": "s3://bucket/" + "a" * 512}, "spec.output.uri: must have at most 512 characters"),

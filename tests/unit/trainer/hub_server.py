@@ -30,6 +30,8 @@ class Hub(ThreadingHTTPServer):
         """Parts of paths that are answered with 503."""
         self.token = "hf_letmein"
         self.requested: list[str] = []
+        """Path of each request, and the range where it asks for one."""
+        self.knows_ranges, self.tells_sizes = True, True
 
     @property
     def endpoint(self) -> str:
@@ -54,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self.server.requested.append(self.path)
+        self.server.requested.append(" ".join(filter(None, (self.path, self.headers.get("Range")))))
         path = unquote(urlsplit(self.path).path)
         if any(part in path for part in self.server.away):
             self._send(503, b"", {})
@@ -79,7 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith(f"/api/{name}/revision/") and not path.endswith(("/main", f"/{COMMIT}", "/v1")):
             self._error(404, "RevisionNotFound")
         elif path == f"/api/{name}" or "/revision/" in path:
-            siblings = [{"rfilename": key, "size": file.stat().st_size} for key, file in files.items()]
+            sizes = {key: file.stat().st_size if self.server.tells_sizes else None for key, file in files.items()}
+            siblings = [{"rfilename": key, "size": size} for key, size in sizes.items()]
             self._json({"id": name.partition("/")[2], "sha": COMMIT, "siblings": siblings, "private": False})
         elif "/tree/" in path:
             self._json([_entry(file) for file in files.values()])
@@ -101,6 +104,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(content[: len(content) // 2])
             self.close_connection = True
+            return
+        if self.server.knows_ranges and (asked := self.headers.get("Range")):
+            if not content:
+                self._send(416, b"", {"Content-Range": "bytes */0"})
+                return
+            last = int(asked.removeprefix("bytes=0-"))
+            self._send(206, content[: last + 1], {"Content-Range": f"bytes 0-{last}/{len(content)}"})
             return
         headers = {"ETag": f'"{hashlib.sha1(content, usedforsecurity=False).hexdigest()}"', "X-Repo-Commit": COMMIT}
         self._send(200, content, headers)

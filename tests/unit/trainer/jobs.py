@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -54,6 +55,25 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def spoil(model: Path, folder: Path, kept: int | None, without: str) -> None:
+    """Copy a model whose weights are cut off after so many bytes, or lack a tensor."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    weights = folder / "model.safetensors"
+    save_file({name: value for name, value in load_file(weights).items() if name != without}, weights)
+    weights.write_bytes(weights.read_bytes()[:kept])
+
+
+SPOILT = [
+    (-100, "", "model.safetensors is cut off"),
+    (4, "", "model.safetensors is cut off"),
+    (0, "", "model.safetensors is cut off"),
+    (None, "model.layers.1.mlp.up_proj.weight", "lacks weights: there is no model.layers.1.mlp.up_proj.weight"),
+]
+"""How, and what is said of it."""
 
 
 class Job:

@@ -14,7 +14,7 @@ import pytest
 from qlorajob.errors import ExitCode, Reason
 from qlorajob.run import RunReport
 from tests.unit.trainer.hub_server import COMMIT, Hub, running
-from tests.unit.trainer.jobs import Job
+from tests.unit.trainer.jobs import SPOILT, Job, spoil
 
 ROOT = Path(__file__).parents[3]
 
@@ -65,9 +65,37 @@ def test_a_dataset_s_rows_are_read(prepared: tuple[RunReport, list[str]]) -> Non
     assert prepared[0].prepared.train_rows == 43
 
 
-def test_prepare_downloads_no_weights(prepared: tuple[RunReport, list[str]]) -> None:
+def test_prepare_reads_of_the_weights_their_head_alone(
+    prepared: tuple[RunReport, list[str]], model_folder: Path
+) -> None:
     assert any(path.endswith("/config.json") for path in prepared[1])
-    assert not any("safetensors" in path for path in prepared[1])
+    assert [request for request in prepared[1] if "safetensors" in request] == [
+        f"/org/tiny/resolve/{COMMIT}/model.safetensors bytes=0-{last}" for last in _head(model_folder)
+    ]
+
+
+def _head(model: Path) -> tuple[int, int]:
+    """The last bytes of what tells how long the head of the weights is, and of the head."""
+    with (model / "model.safetensors").open("rb") as file:
+        return 7, 7 + int.from_bytes(file.read(8), "little")
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+@pytest.mark.parametrize(("kept", "without", "words"), SPOILT)
+def test_weights_that_are_not_whole_are_refused_by_their_head(
+    job: Job, hub: Hub, model_folder: Path, kept: int | None, without: str, words: str, knows_ranges: bool
+) -> None:
+    folder = hub.repos["models/org/tiny"] = job.folder / "changed"
+    spoil(model_folder, folder, kept, without)
+    hub.knows_ranges = knows_ranges
+    report = _prepare(job.change(model={"uri": "hf://org/tiny"}), hub.endpoint)
+    assert (report.reason, report.field) == (Reason.MODEL_INVALID, "model.uri")
+    assert words in report.message
+
+
+def test_a_hub_need_not_tell_sizes(job: Job, hub: Hub) -> None:
+    hub.tells_sizes = False
+    assert _prepare(job.change(model={"uri": "hf://org/tiny"}), hub.endpoint).reason is Reason.SUCCEEDED
 
 
 def test_prepare_brings_the_weights_into_the_cache_claim(job: Job, hub: Hub) -> None:

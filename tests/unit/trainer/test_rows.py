@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -125,9 +126,19 @@ def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
             [{"messages": [{"role": "user", "content": "x"}]}],
             id="a conversation",
         ),
+        pytest.param(
+            '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}',
+            [{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}],
+            id="a conversation with tools",
+        ),
+        pytest.param(
+            '{"prompt": [{"from": "human", "value": "x"}], "completion": [{"from": "gpt", "value": "y"}]}',
+            [{"prompt": [{"from": "human", "value": "x"}], "completion": [{"from": "gpt", "value": "y"}]}],
+            id="a conversation in two parts",
+        ),
     ],
 )
-def test_a_json_file_may_hold_one_row_or_none(tmp_path: Path, content: str, expected: list[dict[str, str]]) -> None:
+def test_a_json_file_may_hold_one_row_or_none(tmp_path: Path, content: str, expected: list[dict[str, Any]]) -> None:
     (tmp_path / "rows.json").write_text(content)
     assert [row.values for row in read_file(tmp_path / "rows.json", "rows.json")] == expected
 

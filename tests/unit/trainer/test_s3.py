@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from qlora_trainer.s3 import client
 from qlora_trainer.storage import Storage, open_storage
 from qlorajob.errors import ExitCode, Reason, StepError
 from qlorajob.manifest import ArtifactManifest
-from tests.support.faulty_s3 import FaultyS3, error
+from tests.support.faulty_s3 import Exchange, FaultyS3, error
 from tests.unit.trainer.gateway import Gateway
-from tests.unit.trainer.jobs import Job
+from tests.unit.trainer.jobs import SPOILT, Job, spoil
 
 
 def _upload(gateway: Gateway, uri: str, folder: Path, pattern: str = "*") -> Storage:
@@ -56,6 +57,44 @@ def test_a_job_goes_from_s3_to_s3(s3_job: Job) -> None:
     assert {key.split("/")[0] for key in stored} == {"adapter", "merged", "tensorboard", "report.json", "report.html"}
 
 
+def test_names_in_s3_are_percent_encoded_as_everywhere(s3_job: Job, gateway: Gateway, model_folder: Path) -> None:
+    bucket = s3_job.spec["output"]["uri"].removesuffix("/adapters")
+    storage = open_storage(bucket, gateway.output(bucket), field="output.uri")
+    storage.write("My Data/100%/My rows.jsonl", storage.read("data/codes.jsonl") or b"")
+    for path in model_folder.iterdir():
+        storage.upload(path, f"My Data/tiny/{path.name}")
+    s3_job.change(model={"uri": f"{bucket}/My%20Data/tiny"})
+    for name in ("My%20Data/100%25", "My%20Data/100%25/My%20rows.jsonl"):
+        assert s3_job.change(dataset={"uri": f"{bucket}/{name}"}).prepare().train_rows == 43
+
+
+@pytest.mark.parametrize(("kept", "without", "words"), SPOILT)
+def test_weights_that_are_not_whole_are_refused_by_their_head(
+    s3_job: Job, gateway: Gateway, model_folder: Path, kept: int | None, without: str, words: str
+) -> None:
+    uri = f"{gateway.bucket()}/changed"
+    spoil(model_folder, s3_job.folder / "changed", kept, without)
+    _upload(gateway, uri, s3_job.folder / "changed")
+    with pytest.raises(StepError) as refused:
+        s3_job.change(model={"uri": uri}).prepare()
+    assert words in refused.value.message
+    assert (refused.value.reason, refused.value.field) == (Reason.MODEL_INVALID, "model.uri")
+
+
+def test_prepare_reads_of_the_weights_their_head_alone(s3_job: Job, faulty: FaultyS3, model_folder: Path) -> None:
+    read = []
+
+    def count(exchange: Exchange) -> None:
+        status, headers, content = exchange.forward()
+        read.append((status, len(content)))
+        exchange.answer(status, headers, content)
+
+    faulty.inject(count, r"^GET .*\.safetensors", times=math.inf)
+    s3_job.change(output={"endpoint": faulty.endpoint}).prepare()
+    with (model_folder / "model.safetensors").open("rb") as file:
+        assert read == [(206, 8), (206, 8 + int.from_bytes(file.read(8), "little"))]
+
+
 def test_one_object_may_be_the_dataset(s3_job: Job) -> None:
     folder = s3_job.spec["dataset"]["uri"]
     assert s3_job.change(dataset={"uri": f"{folder}/codes.jsonl"}).prepare().train_rows == 43
@@ -64,7 +103,8 @@ def test_one_object_may_be_the_dataset(s3_job: Job) -> None:
 def test_weights_that_changed_are_another_revision(s3_job: Job, gateway: Gateway) -> None:
     before = s3_job.prepare().model_revision
     uri = s3_job.spec["model"]["uri"]
-    open_storage(uri, gateway.output(uri), field="f").write("model.safetensors", b"other weights")
+    storage = open_storage(uri, gateway.output(uri), field="f")
+    storage.write("model.safetensors", (storage.read("model.safetensors") or b"")[:-1] + b"\1")
     assert s3_job.prepare().model_revision != before
 
 

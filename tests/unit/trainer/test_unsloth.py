@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ class Run:
         environment = {**os.environ, **self.job.environment(config), "PYTHONPATH": path}
         command = [sys.executable, "-c", code]
         ran = subprocess.run(command, env=environment, cwd="/proc/self", capture_output=True, text=True, timeout=600)
-        assert ran.returncode in (ExitCode.DONE, ExitCode.INTERRUPTED), ran.stdout[-3000:] + ran.stderr[-3000:]
+        assert ran.returncode in (ExitCode.DONE, ExitCode.INTERRUPTED, ExitCode.INVALID), (
+            ran.stdout[-3000:] + ran.stderr[-3000:]
+        )
         return RunReport.model_validate_json((self.job.folder / "report.json").read_text(encoding="utf-8"))
 
     @property
@@ -153,6 +156,18 @@ def test_the_report_says_what_trained(trained: Run) -> None:
     assert model["modules"]["Linear4bit"] == 14
     versions = trained.report["provenance"]["versions"]
     assert {"unsloth", "unsloth_zoo"} <= versions.keys()
+
+
+def test_weights_that_are_not_those_of_the_config_are_refused(
+    tmp_path: Path, model_folder: Path, instructions: Path
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    report = Run.of(tmp_path / "run", folder, instructions).train()
+    assert report.exit_code == ExitCode.INVALID
+    assert "model.layers.0.mlp.down_proj.weight is 64×128, and should be 64×96" in report.message
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same_adapter(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from qlora_trainer.hardware import Hardware
 from qlora_trainer.tokenizer import load_tokenizer
-from qlora_trainer.unsloth_backend import _checkpointing, _targets, _tokenizer_for_unsloth
-from qlorajob.errors import Reason, StepError
+from qlora_trainer.unsloth_backend import _checkpointing, _targets, _tokenizer_for_unsloth, load
+from qlorajob.errors import ExitCode, Reason, StepError
+from qlorajob.precision import NumberTypes
 from qlorajob.status import Prepared
 from tests.unit.trainer.jobs import Job
 
@@ -83,6 +87,59 @@ def _refusal(job: Job) -> StepError:
     with pytest.raises(StepError) as refused:
         job.prepare()
     return refused.value
+
+
+class Asked(Exception):  # noqa: N818 - it says what happened
+    """Unsloth was asked for the model."""
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands for Unsloth, where there is none: it only tells that it was asked."""
+
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> None:
+            raise Asked
+
+    module = ModuleType("unsloth")
+    module.FastLanguageModel = FastLanguageModel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "unsloth", module)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 3}, "lacks weights: there is no model.layers.2."),
+        ({"intermediate_size": 96}, "model.layers.0.mlp.down_proj.weight is 64×128, and should be 64×96"),
+    ],
+)
+def test_unsloth_is_not_asked_for_weights_that_are_not_those_of_the_config(
+    job: Job, model_folder: Path, changes: dict[str, Any], words: str
+) -> None:
+    folder = job.folder / "changed"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(StepError) as refused:
+        _load(job, folder)
+    assert words in refused.value.message
+    assert (refused.value.reason, refused.value.field) == (Reason.MODEL_INVALID, "model.uri")
+    assert refused.value.code is ExitCode.INVALID
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_unsloth_is_asked_for_weights_that_are(job: Job, model_folder: Path) -> None:
+    with pytest.raises(Asked):
+        _load(job, model_folder)
+
+
+def _load(job: Job, folder: Path) -> Any:
+    settings, plan = job.settings(), job.config().plan
+    assert plan is not None
+    hardware = Hardware("cpu", NumberTypes("float32", "fp32"), "adamw_torch")
+    return load(folder, load_tokenizer(folder, settings), settings, plan, hardware)
 
 
 def test_unsloth_s_tokenizer_pads_with_what_ends_the_model_s_texts(job: Job, model_folder: Path) -> None:
