@@ -254,7 +254,7 @@ ModelUri = Annotated[
     Uri,
     Matches(
         _one_of(_HF, _S3, _PVC),
-        "must be hf://organisation/name[@revision], s3://bucket/path or pvc://claim/path (with %20 for a space)",
+        "must be hf://organisation/name[@revision], s3://bucket/path or pvc://claim/path; a space is %20",
         local_pattern=_FILE,
     ),
 ]
@@ -262,8 +262,8 @@ DatasetUri = Annotated[
     Uri,
     Matches(
         _one_of(_HF, _S3, _PVC, _CONFIGMAP),
-        "must be hf://organisation/name[@revision], s3://bucket/path or pvc://claim/path (with %20 for a space), or "
-        "configmap://name/key",
+        "must be hf://organisation/name[@revision], s3://bucket/path, pvc://claim/path or configmap://name/key; a "
+        "space is %20",
         local_pattern=_FILE,
     ),
 ]

@@ -49,5 +49,5 @@ def test_a_file_is_offered_in_a_local_run_only() -> None:
 
     with pytest.raises(InvalidManifest, match=r"or file:///path, in a local run"):
         parse(wrong, local=True)
-    with pytest.raises(InvalidManifest, match=r"pvc://claim/path \(with %20 for a space\)$"):
+    with pytest.raises(InvalidManifest, match=r"pvc://claim/path; a space is %20$"):
         parse(wrong)

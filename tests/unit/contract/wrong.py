@@ -12,10 +12,10 @@ SPEC_FIELDS = (
 )
 MODULES = "must be all-linear, default, or a list of module names such as [q_proj, v_proj]"
 LABEL = "must start and end with a letter or digit and hold only letters, digits, '-', '_' and '.'"
-MODEL_URI = "must be hf://organisation/name[@revision], s3://bucket/path or pvc://claim/path (with %20 for a space)"
+MODEL_URI = "must be hf://organisation/name[@revision], s3://bucket/path or pvc://claim/path; a space is %20"
 DATASET_URI = (
-    "must be hf://organisation/name[@revision], s3://bucket/path or pvc://claim/path (with %20 for a space), or "
-    "configmap://name/key"
+    "must be hf://organisation/name[@revision], s3://bucket/path, pvc://claim/path or configmap://name/key; a "
+    "space is %20"
 )
 OUTPUT_URI = "must be s3://bucket/prefix, in ASCII letters, digits and !&()*+,./:;=@_~-"
 ENDPOINT = "must be http://host[:port] or https://host[:port], without credentials"
