@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 import weights
+from qlora_vram.facts import blueprint
 from tests.support import tiny
 from tests.support.live import Cluster, Manifest, Namespace, empty_bucket, merged
 
@@ -58,3 +60,16 @@ def tiny_manifest(namespace: Namespace, name: str, spec: Manifest | None = None)
         "metadata": {"name": name},
         "spec": merged(base, spec or {}),
     }
+
+
+def upload_large_model(s3: Any, tiny_model: Path, prefix: str, changes: Manifest) -> None:
+    """A model whose config.json is a tiny one's with changes. Its weights are there by name alone, in an index."""
+    config = json.loads((tiny_model / "config.json").read_text()) | changes
+    model = blueprint(config)
+    assert model
+    index = {"weight_map": {f"{path}.weight": "model-1.safetensors" for path in model.linear_paths()}}
+    for file in tiny_model.iterdir():
+        name = "model-1.safetensors" if file.suffix == ".safetensors" else file.name
+        s3.upload_file(str(file), BUCKET, f"{prefix}/{name}")
+    for name, content in (("config.json", config), ("model.safetensors.index.json", index)):
+        s3.put_object(Bucket=BUCKET, Key=f"{prefix}/{name}", Body=json.dumps(content).encode())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import BUCKET, tiny_manifest
+from tests.e2e.conftest import BUCKET, tiny_manifest, upload_large_model
 from tests.support.live import Manifest, Namespace, write_s3_secret
 
 
@@ -145,13 +145,13 @@ IN_THE_CLUSTER = (
 def applied(namespace: Namespace, s3: Any, tiny_inputs: Path) -> Namespace:
     """All the wrong manifests at once: the cluster works on them side by side."""
     config = json.loads((tiny_inputs / "config.json").read_text())
-    huge = config | {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 160}
+    huge = {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 160}
+    upload_large_model(s3, tiny_inputs, "huge-model", huge)
     remote = config | {"model_type": "homemade", "auto_map": {"AutoConfig": "configuration_homemade.HomemadeConfig"}}
-    for model, changed in (("huge-model", huge), ("remote-model", remote)):
-        for file in tiny_inputs.iterdir():
-            if file.name != "config.json":
-                s3.upload_file(str(file), BUCKET, f"{model}/{file.name}")
-        s3.put_object(Bucket=BUCKET, Key=f"{model}/config.json", Body=json.dumps(changed).encode())
+    for file in tiny_inputs.iterdir():
+        if file.name != "config.json":
+            s3.upload_file(str(file), BUCKET, f"remote-model/{file.name}")
+    s3.put_object(Bucket=BUCKET, Key="remote-model/config.json", Body=json.dumps(remote).encode())
     s3.put_object(
         Bucket=BUCKET, Key="broken/rows.jsonl", Body=b'{"instruction": "a", "output": "b"}\n{"instruction":\n'
     )

@@ -21,7 +21,7 @@ from qlora_vram.planner import plan
 from qlorajob.identity import prepare_key
 from qlorajob.plan import Plan
 from qlorajob.resource import QLoRAJob, parse
-from tests.e2e.conftest import BUCKET, tiny_manifest
+from tests.e2e.conftest import BUCKET, tiny_manifest, upload_large_model
 from tests.support import gpus, models
 from tests.support.live import Cluster, Namespace, eventually, merged
 from tests.support.nodes import Simulation
@@ -225,13 +225,9 @@ def test_a_pod_waits_for_its_class_though_larger_gpus_are_free(namespace: Namesp
 def test_the_installed_operator_places_a_large_model(
     namespace: Namespace, simulation: Simulation, s3: Any, tiny_inputs: Path
 ) -> None:
-    """Everything is real but the node: prepare reads a 70B model's config.json, and the operator plans."""
-    tiny = json.loads((tiny_inputs / "config.json").read_text())
-    config = tiny | models.CONFIGS["Llama-2-70B"] | {"vocab_size": tiny["vocab_size"]}  # it comes with that tokenizer
-    for file in tiny_inputs.iterdir():
-        if file.name != "config.json":
-            s3.upload_file(str(file), BUCKET, f"large-model/{file.name}")
-    s3.put_object(Bucket=BUCKET, Key="large-model/config.json", Body=json.dumps(config).encode())
+    """Everything is real but node and weights: prepare reads a 70B model's config.json, and the operator plans."""
+    vocabulary = json.loads((tiny_inputs / "config.json").read_text())["vocab_size"]  # it comes with that tokenizer
+    upload_large_model(s3, tiny_inputs, "large-model", models.CONFIGS["Llama-2-70B"] | {"vocab_size": vocabulary})
     spec = {
         "model": {"uri": f"s3://{BUCKET}/large-model"},
         "training": {"maxSequenceLength": 512},
