@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qlora_trainer.rows import Row, is_message
-from qlorajob.errors import Reason, StepError
+from qlorajob.errors import Reason, StepError, first_line
 
 FIELD = "dataset.columns.messages"
 TOOLS_FIELD = "dataset.columns.tools"
@@ -272,8 +272,7 @@ class ChatRenderer:
             raise self._refused(where, error) from None
 
     def _refused(self, where: str, error: Exception) -> StepError:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        message = f"dataset: {where}: the chat template refuses it: {lines[0]}"
+        message = f"dataset: {where}: the chat template refuses it: {first_line(error)}"
         return StepError(Reason.DATASET_INVALID, message, field=self._field)
 
 

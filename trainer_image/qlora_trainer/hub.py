@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from qlora_trainer.uris import HubRepo
 from qlorajob.errors import ExitCode, Reason, StepError, first_line
-
-EMPTY = 416
-"""Status where a range has nothing in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +53,8 @@ def read_start(repo: str, commit: str, file: str, length: int) -> bytes:
         _translated(HubRepo(repo, commit), missing=Reason.MODEL_NOT_FOUND, field="model.uri"),
         get_session().stream("GET", url, headers=headers) as response,
     ):
-        if response.status_code == EMPTY:
-            return b""
+        if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return b""  # an empty file has no such range
         if response.is_error:
             response.read()  # what it says
         hf_raise_for_status(response)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 DELETE_BATCH = 1000
 """S3's limit for one DeleteObjects."""
-EMPTY = 416
-"""Status where a range has nothing in it."""
 UNAVAILABLE = frozenset({403, 405, 501})
 """Statuses that say: not with these credentials, or not on this server."""
 
@@ -63,8 +62,8 @@ class S3Storage:
                 with self._client.get_object(Bucket=self._bucket, Key=self._key(key), Range=part)["Body"] as body:
                     return body.read(length)
             except ClientError as error:
-                if status_of(error) == EMPTY:
-                    return b""
+                if status_of(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    return b""  # an empty object has no such range
                 if code_of(error) in MISSING_KEY:
                     raise FileNotFoundError(f"{self.uri}/{key}") from None
                 raise
