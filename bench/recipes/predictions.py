@@ -37,7 +37,8 @@ def planned(result: dict[str, Any]) -> Workload:
     spec = recipe.spec(result["steps"])
     facts, found = plan_on_gpu(spec, recipe.shape())
     layers = result.get("checkpointed", found.checkpointed_layers)
-    shape = Shape(result["microBatch"], layers, offload=found.offload_checkpoints)
+    cached = result.get("cached", False)  # unsaid by runs from before there was a cache of weights
+    shape = Shape(result["microBatch"], layers, offload=found.offload_checkpoints, cached=cached)
     work = workload(spec, facts, GPU, shape, result["accumulation"])
     types = NumberTypes(result["computeType"], result["precision"])
     return replace(work, engine=result["path"], recast=types.differ, scaled=types.precision == "fp16")

@@ -82,6 +82,7 @@ def measure(recipe: Recipe, steps: int, *, full: bool, tiny: bool, profiled: boo
         "microBatch": plan.micro_batch_size,
         "accumulation": plan.gradient_accumulation,
         "checkpointed": plan.checkpointed_layers,
+        "cached": plan.cache_weights,
         "length": spec.training.max_sequence_length,
         "computeType": str(hardware.compute_dtype).removeprefix("torch."),
         "precision": hardware.precision,

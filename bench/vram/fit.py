@@ -192,8 +192,9 @@ def _recipe(result: dict[str, Any]) -> Measured:
     work = predictions.measured(result)
     model, shape = RECIPES[result["recipe"]].model, work.shape
     point = Point(
-        model, shape.rows, work.length, shape.checkpointed_layers, shape.offload, work.rank, packing=work.packing
-    )
+        model, shape.rows, work.length, shape.checkpointed_layers, shape.offload, work.rank, packing=work.packing,
+        cached=shape.cached,
+    )  # fmt: skip
     return Measured(point, work, result["driver"], "recipe")
 
 
